@@ -1,0 +1,83 @@
+"""Checkpoints of a run, with Orbax: written in the background, the newest few and the best kept."""
+
+from pathlib import Path
+from typing import Any, Mapping, NamedTuple
+
+import jax
+import orbax.checkpoint as ocp
+
+from moejax.config import UserError
+
+BEST_METRIC = "loss"
+"""The checkpoint whose evaluation had the lowest value of this is kept beside the newest."""
+
+
+class Restored(NamedTuple):
+    """What was read of a checkpoint: its step, the items asked for, and the position in the data."""
+
+    step: int
+    items: dict[str, Any]
+    data: dict[str, Any]
+
+
+class Store:
+    """The folder `checkpoints` of a workdir.
+
+    Args:
+      workdir: of the run.
+      keep: newest checkpoints to keep.
+      read_only: write nothing, not even the folder.
+    """
+
+    def __init__(self, workdir: Path, keep: int = 2, read_only: bool = False):
+        self.folder = (workdir / "checkpoints").absolute()
+        managers = ocp.checkpoint_managers
+        best = managers.BestN(n=1, get_metric_fn=lambda metrics: metrics[BEST_METRIC], reverse=True,
+                              keep_checkpoints_without_metrics=False)
+        policy = None if read_only else managers.AnyPreservationPolicy([managers.LatestN(keep), best])
+        self._manager = ocp.CheckpointManager(self.folder, options=ocp.CheckpointManagerOptions(
+            preservation_policy=policy, read_only=read_only, create=not read_only))
+
+    def save(self, step: int, items: Mapping[str, Any], data: dict[str, Any], metrics: dict[str, float] | None) -> None:
+        """Starts writing a checkpoint; returns as soon as the arrays are copied, so they may be donated.
+
+        Args:
+          step: optimizer steps done.
+          items: trees of arrays by name.
+          data: position in the data, ready for JSON.
+          metrics: of an evaluation at this step, if there was one.
+        """
+        arrays = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+        self._manager.save(step, args=ocp.args.Composite(**arrays, data=ocp.args.JsonSave(data)), metrics=metrics)
+
+    def steps(self) -> list[int]:
+        """Complete checkpoints, oldest first."""
+        return sorted(self._manager.all_steps())
+
+    def restore(self, like: Mapping[str, Any], step: int | None = None) -> Restored:
+        """Reads a checkpoint.
+
+        Args:
+          like: by item, shapes, types and shardings (`jax.ShapeDtypeStruct`) to read into; other items are left alone.
+          step: which one; None takes the newest.
+
+        Raises:
+          UserError: there is none.
+        """
+        step = max(self.steps(), default=None) if step is None else step
+        if step not in self.steps():
+            raise UserError(f"{self.folder}: no checkpoint{'' if step is None else f' of step {step}'}; train first, or "
+                            "give another --workdir")
+        arrays = {name: ocp.args.StandardRestore(tree) for name, tree in like.items()}
+        read = self._manager.restore(step, args=ocp.args.Composite(**arrays, data=ocp.args.JsonRestore()))
+        return Restored(step, {name: read[name] for name in like}, read["data"])
+
+    def close(self) -> None:
+        """Waits until everything is on disk, and releases the folder."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def place(shapes: Any, shardings: Any) -> Any:
+    """Joins shapes and shardings to what `Store.restore` wants."""
+    return jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, shardings)

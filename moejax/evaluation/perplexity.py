@@ -1,0 +1,67 @@
+"""Language-model loss, accuracy and routing over a held-out set."""
+
+import math
+from typing import Any, Callable, Iterable, Mapping, NamedTuple
+
+import jax
+import numpy as np
+from jax import Array
+
+from moejax.models.transformer import in_order
+from moejax.moe.types import LayerRecord
+
+
+class Evaluation(NamedTuple):
+    """Results over a whole set.
+
+    Attributes:
+      loss: negative log-likelihood per target, in nats.
+      accuracy: share of the targets that the model ranks first.
+      targets: number of targets.
+      records: of the sparse layers in order; loads are sums, losses are means over the batches.
+    """
+
+    loss: float
+    accuracy: float
+    targets: int
+    records: list[LayerRecord]
+
+
+def make_eval_step(forward: Callable[..., tuple[Array, Any]], objective: Callable[..., tuple[Array, dict[str, Array]]]
+                   ) -> Callable[..., tuple[dict[str, Array], Any]]:
+    """A jitted (params, router_state, batch) -> (sums, records in order).
+
+    Args:
+      forward: (params, router_state, batch) -> (logits_BLV, records).
+      objective: (logits_BLV, targets_BL, mask_BL) -> (sum to minimise, sums to report).
+    """
+    @jax.jit
+    def eval_step(params: Any, router_state: Any, batch: Mapping[str, Array]) -> tuple[dict[str, Array], Any]:
+        logits_BLV, records = forward(params, router_state, batch)
+        _, sums = objective(logits_BLV, batch["targets"], batch["mask"])
+        return sums | {"targets": batch["mask"].sum()}, in_order(records)
+    return eval_step
+
+
+def evaluate(eval_step: Callable[..., tuple[dict[str, Array], Any]], params: Any, router_state: Any,
+             batches: Iterable[Mapping[str, Array]]) -> Evaluation:
+    """Runs `eval_step` over all batches. Padded rows count for nothing; sums are kept in float64."""
+    results = jax.device_get([eval_step(params, router_state, batch) for batch in batches])
+    sums = {name: math.fsum(float(result[0][name]) for result in results) for name in results[0][0]}
+    records = [jax.tree.map(lambda *parts: np.sum(np.asarray(parts, np.float64), axis=0), *layer)
+               for layer in zip(*(result[1] for result in results))]
+    records = [record.replace(losses={name: value / len(results) for name, value in record.losses.items()})
+               for record in records]
+    targets = max(sums["targets"], 1)
+    return Evaluation(sums["loss"] / targets, sums["accuracy"] / targets, int(sums["targets"]), records)
+
+
+def bits_per_byte(loss: float, tokens: int, size: int) -> float:
+    """Nats per token as bits per byte of the text.
+
+    Args:
+      loss: mean nats per target.
+      tokens: targets in the whole text.
+      size: bytes of the whole text in UTF-8.
+    """
+    return loss / math.log(2) * tokens / size

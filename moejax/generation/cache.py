@@ -1,0 +1,51 @@
+"""The memory of decoding: keys and values of the tokens seen so far, and which slots hold real tokens."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from moejax.models.transformer import Transformer, empty_cache
+
+
+class Memory(NamedTuple):
+    """What the model has read.
+
+    Attributes:
+      layers: keys and values by stack and block, with S slots a row; see `moejax.models.transformer.empty_cache`.
+      segments_BS: int32, 1 where a slot holds a real token, 0 where it is empty or holds padding.
+    """
+
+    layers: Mapping[str, Any]
+    segments_BS: Array
+
+
+def empty(model: Transformer, batch: int, slots: int) -> Memory:
+    """A memory of `slots` tokens for each of `batch` rows."""
+    layers = empty_cache(model.model, model.moe, batch, slots, model.dtype)
+    return Memory(layers, jnp.zeros((batch, slots), jnp.int32))
+
+
+def extend(model: Transformer, params: Mapping[str, Any], memory: Memory, tokens_BL: Array, positions_BL: Array,
+           real_BL: Array, at: Array | int) -> tuple[Array, Memory]:
+    """Reads L more tokens a row.
+
+    Args:
+      model: the decoder.
+      params: {"params": parameters, "router": router state}.
+      memory: of the tokens before.
+      tokens_BL: int32 ids.
+      positions_BL: int32, from 0 in each row, padding not counted.
+      real_BL: bool, false for padding, which no token sees and no router counts.
+      at: the first slot that the tokens take; the slots from there on are empty.
+
+    Returns:
+      Scores of the next token, float32 [B, L, V], and the memory with the tokens.
+    """
+    segments_BL = real_BL.astype(jnp.int32)
+    segments_BS = jax.lax.dynamic_update_slice_in_dim(memory.segments_BS, segments_BL, at, axis=1)
+    output = model.apply({"params": params["params"]}, tokens_BL, positions_BL, segments_BL, params["router"],
+                         cache=memory.layers, at=at, cached_segments_BS=segments_BS)
+    return output.logits_BLV, Memory(output.cache, segments_BS)

@@ -1,0 +1,213 @@
+"""New tokens after prompts: one forward pass over the prompts, then a compiled loop of one token a step.
+
+What a prompt yields depends on the prompt, its number among equal prompts of the batch, the seed and the settings; not
+on its neighbours, its row or its padding (up to the rounding of sums, which may differ between array shapes).
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import PartitionSpec
+
+from moejax import axes
+from moejax.config import UserError, check
+from moejax.generation import cache, prompts, sampling
+from moejax.models.transformer import Transformer
+from moejax.moe.routing import get_router
+
+
+class Generated(NamedTuple):
+    """New tokens.
+
+    Attributes:
+      tokens: int32 [B, max_new_tokens]; behind a stop token the row is filled with it.
+      lengths: int32 [B], new tokens of each row, the stop token included.
+    """
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+
+
+class Settings(NamedTuple):
+    """How a token is chosen; see `generate`."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    repetition_penalty: float
+
+
+def generate(model: Transformer, params: Mapping[str, Any], tokens: Any, mask: Any = None, max_new_tokens: int = 32,
+             temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, repetition_penalty: float = 1.0,
+             stop_tokens: Sequence[int] = (), seed: int = 0) -> Generated:
+    """Continues prompts. Compiles once for each model, batch size and power of two of prompt length and new tokens.
+
+    Args:
+      model: the decoder.
+      params: {"params": parameters, "router": router state}.
+      tokens: int [B, L], or a list of B lists of ids.
+      mask: bool [B, L], false at padding, which may lie anywhere; None: every token is real.
+      max_new_tokens: new tokens of a row that meets no stop token.
+      temperature: divides the logits; 0 takes the most probable token.
+      top_k: sample among the k most probable tokens; 0 is off.
+      top_p: sample among the fewest most probable tokens that together have this probability; 1 is off.
+      repetition_penalty: divides positive and multiplies negative logits of tokens in the row; 1 is off.
+      stop_tokens: ids that end a row.
+      seed: of the samples. The same prompt twice in a batch gives two samples, but equal calls give equal results.
+
+    Returns:
+      `Generated`.
+
+    Raises:
+      UserError: a model that cannot decode; malformed or empty prompts; ids out of the vocabulary; prompt and new
+        tokens together beyond the context; a setting out of range.
+    """
+    context, vocab_size = model.model.max_length, model.model.vocab_size
+    check_decodable(model)
+    check(max_new_tokens >= 1, f"max_new_tokens={max_new_tokens} must be at least 1")
+    check(0 <= temperature < math.inf, f"temperature={temperature} must be at least 0 (0 takes the most probable token)")
+    check(top_k >= 0, f"top_k={top_k} must be at least 0 (0 is off)")
+    check(0 < top_p <= 1, f"top_p={top_p} must be above 0 and at most 1 (1 is off)")
+    check(0 < repetition_penalty < math.inf, f"repetition_penalty={repetition_penalty} must be above 0 (1 is off)")
+    stop_V = np.zeros(vocab_size, bool)
+    for token in stop_tokens:
+        check(0 <= token < vocab_size, f"stop token {token} is out of the vocabulary of {vocab_size} ids "
+              "(config.model.vocab_size)")
+        stop_V[token] = True
+    tokens_BL, mask_BL = prompts.read(tokens, mask, vocab_size)
+    lengths_B = mask_BL.sum(axis=1)
+    longest, shortest = int(lengths_B.max()), int(lengths_B.min())
+    check(shortest > 0, f"the prompt in row {int(lengths_B.argmin())} is empty; give it at least one token")
+    check(longest + max_new_tokens <= context, f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} are "
+          f"more than the model's context of {context} (config.model.max_length); shorten one of them")
+
+    batch = len(tokens_BL)
+    digests_B2 = sampling.row_digests([row[real] for row, real in zip(tokens_BL, mask_BL)], seed)
+    rows = prompts.round_up(batch, axes.BATCH_AXES)
+    tokens_BL, mask_BL = (prompts.pad_to(a_BL, (rows, a_BL.shape[1])) for a_BL in (tokens_BL, mask_BL))
+    tokens_BL, mask_BL = prompts.pack_left(tokens_BL, mask_BL, 1 + bucket(longest - 1, context))
+    settings = Settings(float(temperature), int(top_k), float(top_p), float(repetition_penalty))
+    new_BN, lengths_B = decode(model, params, tokens_BL, mask_BL, prompts.pad_to(digests_B2, (rows, 2)), stop_V,
+                               settings, int(max_new_tokens), slots=bucket(max_new_tokens, context))
+    return Generated(np.asarray(new_BN)[:batch, :max_new_tokens], np.asarray(lengths_B)[:batch])
+
+
+def check_decodable(model: Transformer) -> None:
+    """Raises `UserError` unless the model can be asked for one token after another, each row on its own."""
+    moe, mesh = model.moe, jax.sharding.get_abstract_mesh()
+    if moe.every and not get_router(moe.router).causal:
+        raise UserError(f"config.moe.router={moe.router} chooses among tokens that are not there yet, so it has no rule "
+                        "for generating; use a token-choice router such as topk")
+    if moe.every and moe.eval_capacity_factor is not None and moe.routing_group == "global":
+        raise UserError("config.moe.eval_capacity_factor with config.moe.routing_group=global lets the prompts of a batch "
+                        "displace each other; to generate, set config.moe.eval_capacity_factor=None (dropless)")
+    if not mesh.empty and mesh.shape[axes.CONTEXT] > 1:
+        raise UserError(f"config.mesh.context={mesh.shape[axes.CONTEXT]} splits sequences, but generation takes one token "
+                        "at a time; set config.mesh.context=1 to generate")
+
+
+def bucket(count: int, most: int) -> int:
+    """The next power of two, at least 16, but no more than `most` unless `count` is: few sizes, so few compilations."""
+    return max(count, min(most, max(16, 1 << max(count - 1, 0).bit_length())))
+
+
+def one_token_model(model: Transformer, rows: int) -> Transformer:
+    """The same model with blocks of expert rows that fit one token a row; blocks made for training are mostly padding."""
+    moe = model.moe
+    mean = max(1, rows * moe.experts_per_token // moe.num_experts)
+    block_rows = min(moe.block_rows, 1 << (mean - 1).bit_length())
+    return model.clone(moe=dataclasses.replace(moe, block_rows=block_rows))
+
+
+class Progress(NamedTuple):
+    """What one step of the loop hands to the next.
+
+    Attributes:
+      step: int32 scalar, new tokens of a row so far.
+      token_B: int32, the last token of each row, which the model has not read.
+      memory: of all tokens before.
+      seen_BV: bool, the tokens that a row holds.
+      done_B: bool, rows that ended.
+      new_BN: int32, new tokens.
+      lengths_B: int32, new tokens of each row until it ended.
+    """
+
+    step: Array
+    token_B: Array
+    memory: cache.Memory
+    seen_BV: Array
+    done_B: Array
+    new_BN: Array
+    lengths_B: Array
+
+
+@partial(jax.jit, static_argnames=("model", "slots"))
+def decode(model: Transformer, params: Mapping[str, Any], tokens_BL: Array, mask_BL: Array, digests_B2: Array,
+           stop_V: Array, settings: Settings, limit: Array, *, slots: int) -> tuple[Array, Array]:
+    """`generate` on arrays: reads all but the last token of the prompts at once, then goes on from the last.
+
+    Args:
+      model, params: see `generate`.
+      tokens_BL: int32 prompts, padded on the left only; 0 at padding.
+      mask_BL: bool, real tokens; a row with none yields nothing of meaning.
+      digests_B2: see `sampling.row_digests`.
+      stop_V: bool, tokens that end a row.
+      settings: numbers, traced.
+      limit: int32 scalar, new tokens wanted, at most `slots`.
+      slots: room for new tokens.
+
+    Returns:
+      int32 [B, slots], of which the first `limit` columns have meaning, and int32 [B]; both replicated on a mesh.
+    """
+    batch, length = tokens_BL.shape
+    vocab_size = model.model.vocab_size
+    token_model = one_token_model(model, batch)
+    keys_B = sampling.row_keys(digests_B2)
+    row_B = jnp.arange(batch)
+    positions_BL = jnp.maximum(jnp.cumsum(mask_BL, axis=1, dtype=jnp.int32) - 1, 0)
+
+    def go_on(now: Progress) -> Array:
+        return (now.step < limit) & ~jnp.all(now.done_B)
+
+    def take_step(now: Progress) -> Progress:
+        # A row that ended reads padding from here on, so it weighs on no expert.
+        logits_BLV, memory = cache.extend(
+            token_model, params, now.memory, now.token_B[:, None], positions_BL[:, -1:] + now.step,
+            ~now.done_B[:, None], at=length - 1 + now.step)
+        logits_BV = sampling.penalise_repetition(logits_BLV[:, 0], now.seen_BV, settings.repetition_penalty)
+        step_keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, now.step)
+        drawn_B = sampling.sample(logits_BV, step_keys_B, settings.temperature, settings.top_k, settings.top_p)
+        token_B = jnp.where(now.done_B, now.token_B, drawn_B)
+        return Progress(
+            step=now.step + 1,
+            token_B=token_B,
+            memory=memory,
+            seen_BV=now.seen_BV.at[row_B, token_B].set(True),
+            done_B=now.done_B | stop_V[token_B],
+            new_BN=now.new_BN.at[:, now.step].set(token_B),
+            lengths_B=now.lengths_B + ~now.done_B,
+        )
+
+    # The scores of these tokens are not used, so the compiler leaves their [B, L, V] out.
+    _, memory = cache.extend(model, params, cache.empty(model, batch, length - 1 + slots), tokens_BL[:, :-1],
+                             positions_BL[:, :-1], mask_BL[:, :-1], at=0)
+    end = jax.lax.while_loop(go_on, take_step, Progress(
+        step=jnp.zeros((), jnp.int32),
+        token_B=tokens_BL[:, -1],
+        memory=memory,
+        seen_BV=jnp.zeros((batch, vocab_size), bool).at[row_B[:, None], tokens_BL].max(mask_BL),
+        done_B=~mask_BL[:, -1],
+        new_BN=jnp.zeros((batch, slots), jnp.int32),
+        lengths_B=jnp.zeros(batch, jnp.int32),
+    ))
+    new_BN = jnp.where(jnp.arange(slots) < end.step, end.new_BN, end.token_B[:, None])
+    if jax.sharding.get_abstract_mesh().empty:
+        return new_BN, end.lengths_B
+    return jax.lax.with_sharding_constraint((new_BN, end.lengths_B), PartitionSpec())

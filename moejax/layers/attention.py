@@ -1,0 +1,97 @@
+"""Causal attention with grouped queries (Ainslie et al. 2023, arXiv 2305.13245), segments and a key-value cache."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import Array
+
+from moejax import sharding
+from moejax.layers.norm import RMSNorm
+from moejax.layers.rotary import rotate
+
+
+@struct.dataclass
+class Cache:
+    """Keys and values of the tokens seen so far, [B, S, G, H]; stacked along a leading axis over equal layers."""
+
+    k_BSGH: Array
+    v_BSGH: Array
+
+
+def attend(q_BLQH: Array, k_BSGH: Array, v_BSGH: Array, visible_BLS: Array) -> Array:
+    """Softmax attention; each key and value head serves Q/G query heads. The softmax is taken in float32.
+
+    Args:
+      q_BLQH: queries.
+      k_BSGH: keys.
+      v_BSGH: values.
+      visible_BLS: bool, which keys a query may see. A query that sees none returns a mean of all values.
+
+    Returns:
+      [B, L, Q, H].
+    """
+    batch, length, heads, head_dim = q_BLQH.shape
+    q_BLGRH = q_BLQH.reshape(batch, length, k_BSGH.shape[2], -1, head_dim) * head_dim**-0.5
+    scores_BGRLS = jnp.einsum("blgrh,bsgh->bgrls", q_BLGRH, k_BSGH, preferred_element_type=jnp.float32)
+    scores_BGRLS = jnp.where(visible_BLS[:, None, None], scores_BGRLS, jnp.finfo(jnp.float32).min)
+    probs_BGRLS = jax.nn.softmax(scores_BGRLS).astype(v_BSGH.dtype)
+    return jnp.einsum("bgrls,bsgh->blgrh", probs_BGRLS, v_BSGH).reshape(batch, length, heads, head_dim)
+
+
+class Attention(nn.Module):
+    """Projections around `attend`.
+
+    Attributes:
+      heads, kv_heads, head_dim: Q, G, H.
+      norm_eps: of the norms on queries and keys, or None for no such norms.
+      out_scale: factor on the initial standard deviation of the output projection.
+      dtype: compute type.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    norm_eps: float | None
+    out_scale: float
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x_BLD: Array, rotary: tuple[Array, Array], visible_BLS: Array, cache: Cache | None,
+                 at: Array | None) -> tuple[Array, Cache | None]:
+        """Attends to the tokens themselves, or with a cache to all that it holds after x is written at slot `at`.
+
+        Args:
+          x_BLD: input.
+          rotary: cosine and sine of the positions.
+          visible_BLS: bool; S is L without a cache and its length with one.
+          cache: of this layer.
+          at: int32 scalar, first slot of the cache that x fills.
+
+        Returns:
+          [B, L, D] and the new cache.
+        """
+        width = x_BLD.shape[-1]
+
+        def project(name: str, heads: int, axis: str) -> Array:
+            w_DQH = self.param(name, nn.with_logical_partitioning(
+                nn.initializers.normal(width**-0.5), ("embed", axis, "head_dim")), (width, heads, self.head_dim))
+            return jnp.einsum("bld,dqh->blqh", x_BLD, w_DQH.astype(self.dtype))
+
+        q_BLQH = project("w_q", self.heads, "q_heads")
+        k_BSGH = project("w_k", self.kv_heads, "kv_heads")
+        v_BSGH = project("w_v", self.kv_heads, "kv_heads")
+        if self.norm_eps is not None:
+            q_BLQH = RMSNorm(self.norm_eps, "head_dim", name="q_norm")(q_BLQH)
+            k_BSGH = RMSNorm(self.norm_eps, "head_dim", name="k_norm")(k_BSGH)
+        q_BLQH, k_BSGH = rotate(q_BLQH, *rotary), rotate(k_BSGH, *rotary)
+        if cache is not None:
+            k_BSGH = jax.lax.dynamic_update_slice_in_dim(cache.k_BSGH, k_BSGH, at, axis=1)
+            v_BSGH = jax.lax.dynamic_update_slice_in_dim(cache.v_BSGH, v_BSGH, at, axis=1)
+            cache = Cache(k_BSGH, v_BSGH)
+        o_BLQH = attend(q_BLQH, k_BSGH, v_BSGH, visible_BLS)
+        w_o_QHD = self.param("w_o", nn.with_logical_partitioning(
+            nn.initializers.normal(self.out_scale * (self.heads * self.head_dim)**-0.5),
+            ("q_heads", "head_dim", "embed")), (self.heads, self.head_dim, width))
+        y_BLD = jnp.einsum("blqh,qhd->bld", o_BLQH, w_o_QHD.astype(self.dtype))
+        return sharding.constrain(y_BLD, "batch", "length", None), cache

@@ -1,0 +1,81 @@
+"""Records of a run: one JSON object a line in metrics.jsonl, and the same numbers for TensorBoard."""
+
+import json
+from pathlib import Path
+from typing import Any, Sequence
+
+import numpy as np
+
+from moejax.moe.types import LayerRecord
+
+
+def routing_summary(records: Sequence[LayerRecord]) -> dict[str, Any]:
+    """What the routers did, layer by layer.
+
+    Args:
+      records: of the sparse layers in order, as numpy arrays, summed over the batch or the evaluation set.
+
+    Returns:
+      Lists with one entry a sparse layer: `moe/load` (share of the pairs per expert, before dropping), `moe/dropped`
+      (share of the pairs), `moe/entropy` (mean nats a token of the router's distribution), `moe/max_vio` (largest load
+      over the mean, less 1; 2408.15664), `moe/dead` (experts without a token).
+    """
+    summary = {"moe/load": [], "moe/dropped": [], "moe/entropy": [], "moe/max_vio": [], "moe/dead": []}
+    for record in records:
+        assigned_E = np.asarray(record.load.assigned_E, np.float64)
+        pairs = max(assigned_E.sum(), 1.0)
+        summary["moe/load"].append([round(share, 6) for share in (assigned_E / pairs).tolist()])
+        summary["moe/dropped"].append(float(1 - np.asarray(record.load.kept_E).sum() / pairs))
+        summary["moe/entropy"].append(float(record.load.entropy / max(int(record.load.tokens), 1)))
+        summary["moe/max_vio"].append(float(assigned_E.max() / (pairs / len(assigned_E)) - 1))
+        summary["moe/dead"].append(int((assigned_E == 0).sum()))
+    return summary if records else {}
+
+
+def loss_summary(records: Sequence[LayerRecord]) -> dict[str, list[float]]:
+    """`aux/NAME`: each router loss, unweighted, one entry a sparse layer."""
+    names = records[0].losses if records else ()
+    return {f"aux/{name}": [float(record.losses[name]) for record in records] for name in names}
+
+
+class Recorder:
+    """Appends records to a workdir. Only process 0 of a multi-host run should make one."""
+
+    def __init__(self, workdir: Path):
+        from tensorboardX import SummaryWriter  # slow to import, and of no use to those who only load a model
+        self._path = workdir / "metrics.jsonl"
+        self._events = SummaryWriter(str(workdir / "tensorboard"))
+        self._end_last_line()
+
+    def _end_last_line(self) -> None:
+        """A killed run may leave half a line; start on a new one."""
+        if self._path.exists() and (text := self._path.read_bytes()) and not text.endswith(b"\n"):
+            with self._path.open("ab") as file:
+                file.write(b"\n")
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Adds one record; it must hold `step` and `split`."""
+        with self._path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        for name, value in record.items():
+            if isinstance(value, list) and not any(isinstance(entry, list) for entry in value):
+                for layer, entry in enumerate(value):
+                    self._events.add_scalar(f"{record['split']}/{name}/layer_{layer}", entry, record["step"])
+            elif isinstance(value, (int, float)) and name != "step":
+                self._events.add_scalar(f"{record['split']}/{name}", value, record["step"])
+        self._events.flush()
+
+    def close(self) -> None:
+        """Closes the event file."""
+        self._events.close()
+
+
+def read(workdir: Path) -> list[dict[str, Any]]:
+    """All records of a workdir; a line torn by a kill is passed over."""
+    records = []
+    for line in (workdir / "metrics.jsonl").read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return records

@@ -1,0 +1,52 @@
+"""Parameters and floating-point operations of a model: what is stored, and what one token uses."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+
+from moejax.config import Config, ModelConfig, MoEConfig
+from moejax.models.stacks import plan_stacks
+from moejax.moe.routing import get_router
+from moejax.sharding import is_axes
+
+
+class ParameterCount(NamedTuple):
+    """Numbers of parameters: all; those that one token uses; those of the embedding and the head."""
+
+    total: int
+    active: int
+    embedding: int
+
+
+def count_parameters(shapes: Any, logical: Any, moe: MoEConfig) -> ParameterCount:
+    """Counts the parameters of a tree. Of stacked experts, a token uses K out of E."""
+    total = active = embedding = 0
+    for leaf, names in zip(jax.tree.leaves(shapes), jax.tree.leaves(logical, is_leaf=is_axes), strict=True):
+        size = math.prod(leaf.shape)
+        total += size
+        active += size * moe.experts_per_token // moe.num_experts if "experts" in names else size
+        embedding += size if "vocab" in names else 0
+    return ParameterCount(total, active, embedding)
+
+
+def forward_flops(model: ModelConfig, moe: MoEConfig, length: int) -> float:
+    """Floating-point operations of the matmuls of a forward pass, per token, in sequences of `length` tokens.
+
+    A multiply-add counts 2. Attention scores and values count the causal half, (length + 1) / 2 keys a token. Router
+    and K experts are counted as a dropless layer computes them; norms, softmax and other elementwise work is not.
+    """
+    width, heads = model.embed, model.heads * model.head_dim
+    attention = 2 * width * (2 * heads + 2 * model.kv_heads * model.head_dim) + 2 * heads * (length + 1)
+    dense = 6 * width * model.ffn
+    hidden = moe.ffn or model.ffn
+    router = 2 * sum(math.prod(p.shape) for p in get_router(moe.router).parameters(moe, width).values())
+    sparse = router + 6 * width * hidden * (moe.experts_per_token + moe.shared_experts)
+    blocks = sum(stack.repeats * sum(attention + (sparse if is_sparse else dense) for is_sparse in stack.sparse)
+                 for stack in plan_stacks(model.layers, moe))
+    return blocks + 2 * width * model.vocab_size
+
+
+def training_flops(config: Config) -> float:
+    """Operations per token of a training step: the backward pass costs twice the forward; recomputation is not counted."""
+    return 3 * forward_flops(config.model, config.moe, config.data.length)

@@ -1,0 +1,263 @@
+"""The Transformer: embedding, stacks of pre-norm blocks with dense or sparse feed-forward layers, head."""
+
+from typing import Any, Mapping
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import Array
+from jax.sharding import PartitionSpec
+
+from moejax import axes, sharding
+from moejax.config import Config, ModelConfig, MoEConfig, check
+from moejax.layers.attention import Attention, Cache
+from moejax.layers.embedding import Embedding
+from moejax.layers.mlp import FeedForward, dropout
+from moejax.layers.norm import RMSNorm
+from moejax.layers.rotary import angles
+from moejax.models.stacks import plan_stacks
+from moejax.moe.layer import MixtureOfExperts
+from moejax.moe.routing import get_router
+from moejax.moe.types import LayerRecord, RoutingContext, Totals
+
+REMAT_POLICIES = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+"""What the backward pass may keep from a block, by the names of config.train.remat."""
+
+
+@struct.dataclass
+class ModelOutput:
+    """What a forward pass returns.
+
+    Attributes:
+      logits_BLV: float32.
+      records: per stack and sparse block, a `LayerRecord` with a leading axis over the stack's repeats.
+      cache: like the one given, filled; or None.
+    """
+
+    logits_BLV: Array
+    records: dict[str, dict[str, LayerRecord]]
+    cache: Any
+
+
+class Block(nn.Module):
+    """Pre-norm attention and a feed-forward layer, each added to the residual stream.
+
+    Attributes:
+      model, moe: settings.
+      sparse: whether the feed-forward layer is a mixture of experts.
+      dtype: compute type.
+    """
+
+    model: ModelConfig
+    moe: MoEConfig
+    sparse: bool
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x_BLD: Array, state: Any, load_E: Array | None, cache: Cache | None, rotary: tuple[Array, Array],
+                 visible_BLS: Array, at: Array | None, context: RoutingContext) -> tuple[Array, LayerRecord | None, Any]:
+        """Returns [B, L, D], the record of a sparse layer (else None) and the new cache."""
+        model, moe = self.model, self.moe
+        out_scale = (2 * model.layers)**-0.5  # keeps the residual stream's variance independent of depth
+        drop_key = self.make_rng("dropout") if context.train and model.dropout > 0 else None
+        attention_key, feed_forward_key = (None, None) if drop_key is None else jax.random.split(drop_key)
+
+        y_BLD, cache = Attention(
+            model.heads, model.kv_heads, model.head_dim, model.norm_eps if model.qk_norm else None, out_scale, self.dtype,
+            name="attention")(RMSNorm(model.norm_eps, name="attention_norm")(x_BLD), rotary, visible_BLS, cache, at)
+        x_BLD = x_BLD + dropout(y_BLD, model.dropout, attention_key)
+
+        h_BLD = RMSNorm(model.norm_eps, name="feed_forward_norm")(x_BLD)
+        if not self.sparse:
+            y_BLD, record = FeedForward(model.ffn, out_scale, self.dtype, name="feed_forward")(h_BLD), None
+        else:
+            hidden = moe.ffn or model.ffn
+            y_BLD, record = MixtureOfExperts(moe, hidden, out_scale, self.dtype, name="moe")(
+                h_BLD, state, context.replace(load_E=load_E))
+            if moe.shared_experts:
+                y_BLD += FeedForward(moe.shared_experts * hidden, out_scale, self.dtype, name="shared")(h_BLD)
+        return x_BLD + dropout(y_BLD, model.dropout, feed_forward_key), record, cache
+
+
+class Run(nn.Module):
+    """One repeat of a stack: its blocks in order, with the state, loads and caches of this repeat."""
+
+    model: ModelConfig
+    moe: MoEConfig
+    sparse: tuple[bool, ...]
+    dtype: Any
+    remat: str
+
+    @nn.compact
+    def __call__(self, x_BLD: Array, per_layer: tuple[dict, dict, dict], *shared: Any) -> tuple[Array, tuple[dict, dict]]:
+        """Returns [B, L, D] and, by block name, records and caches."""
+        states, loads, caches = per_layer
+        block = Block if self.remat == "none" else nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+        records, new_caches = {}, {}
+        for j, sparse in enumerate(self.sparse):
+            name = f"block_{j}"
+            x_BLD, record, cache = block(self.model, self.moe, sparse, self.dtype, name=name)(
+                x_BLD, states.get(name, {}), loads.get(name), caches.get(name), *shared)
+            if record is not None:
+                records[name] = record
+            if cache is not None:
+                new_caches[name] = cache
+        return x_BLD, (records, new_caches)
+
+
+class Transformer(nn.Module):
+    """A decoder. Parameters are float32; `dtype` is the type that activations and matmuls use.
+
+    Attributes:
+      model, moe: settings.
+      dtype: compute type.
+      remat: what the backward pass recomputes, a name of config.train.remat.
+      scan: scan over the repeats of a stack, or unroll them.
+    """
+
+    model: ModelConfig
+    moe: MoEConfig
+    dtype: Any = jnp.float32
+    remat: str = "none"
+    scan: bool = True
+
+    @nn.compact
+    def __call__(self, tokens_BL: Array, positions_BL: Array, segments_BL: Array, router_state: Mapping[str, Any], *,
+                 train: bool = False, totals: Totals | None = None, loads: Mapping[str, Any] | None = None,
+                 cache: Mapping[str, Any] | None = None, at: Array | None = None,
+                 cached_segments_BS: Array | None = None) -> ModelOutput:
+        """Scores the next token at every position.
+
+        Args:
+          tokens_BL: int32 ids.
+          positions_BL: int32 position of each token in its document.
+          segments_BL: int32 document of each token within its row; tokens see only their own. 0 is padding.
+          router_state: from `initial_router_state`, or as trained.
+          train: apply dropout, router noise and the training capacity; needs the rng `dropout` if there is noise.
+          totals: sizes of the whole batch, if this is a part of it.
+          loads: pairs per expert in the whole batch, structured like `router_state`, if this is a part of it.
+          cache: from `empty_cache`, to go on from tokens seen before.
+          at: int32 scalar, first slot of the cache that the tokens take.
+          cached_segments_BS: segments of the cache's slots, those of the tokens included; 0 where it is empty.
+
+        Returns:
+          `ModelOutput`.
+        """
+        model = self.model
+        embedding = Embedding(model.vocab_size, model.embed, model.tie_embeddings, self.dtype, name="embedding")
+        mask_BL = segments_BL > 0
+        if totals is None:
+            totals = count_totals(mask_BL)
+        mesh = sharding.current_mesh()
+        shards = 1 if mesh is None else sharding.size(mesh, axes.BATCH_AXES)
+        context = RoutingContext(tokens_BL.reshape(-1), mask_BL.reshape(-1), totals, load_E=None, key=None,
+                                 sequences=tokens_BL.shape[0], shards=shards, train=train)
+        visible_BLS = visibility(segments_BL, cached_segments_BS, at)
+        shared = (angles(positions_BL, model.head_dim, model.rope_base), visible_BLS, at, context)
+
+        x_BLD = embedding(tokens_BL)
+        records, new_cache = {}, {}
+        for i, stack in enumerate(plan_stacks(model.layers, self.moe)):
+            name = f"stack_{i}"
+            run = nn.scan(
+                Run, variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True}, length=stack.repeats,
+                in_axes=(0, *(nn.broadcast,) * len(shared)), unroll=1 if self.scan else stack.repeats,
+                metadata_params={nn.PARTITION_NAME: "layers"})
+            per_layer = (router_state.get(name, {}), (loads or {}).get(name, {}), (cache or {}).get(name, {}))
+            x_BLD, (stack_records, stack_cache) = run(model, self.moe, stack.sparse, self.dtype, self.remat, name=name)(
+                x_BLD, per_layer, *shared)
+            if stack_records:
+                records[name] = stack_records
+            if stack_cache:
+                new_cache[name] = stack_cache
+        x_BLD = RMSNorm(model.norm_eps, name="final_norm")(x_BLD)
+        return ModelOutput(embedding.logits(x_BLD), records, new_cache or None)
+
+
+def build(config: Config) -> Transformer:
+    """The model of a config.
+
+    Raises:
+      UserError: an unknown router, or a router that looks at later tokens without leave to do so.
+    """
+    moe = config.moe
+    if moe.every:
+        check(get_router(moe.router).causal or moe.allow_noncausal_routing,
+              f"config.moe.router={moe.router} looks at later tokens, so a decoder's loss would be too good to be true; "
+              "set config.moe.allow_noncausal_routing=True if you know what you do")
+    train = config.train
+    return Transformer(config.model, moe, jnp.dtype(train.dtype), train.remat, train.scan_layers)
+
+
+def abstract_params(model: Transformer) -> tuple[Any, Any]:
+    """Shapes of a model's parameters and, in a tree of the same structure, their logical axes."""
+    row = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    boxed = jax.eval_shape(model.init, jax.random.key(0), row, row, row,
+                           initial_router_state(model.model, model.moe))["params"]
+    names = jax.tree.map(tuple, nn.get_partition_spec(boxed), is_leaf=lambda p: isinstance(p, PartitionSpec))
+    return nn.meta.unbox(boxed), names
+
+
+def initial_params(model: Transformer, key: Array) -> Any:
+    """Random float32 parameters."""
+    row = jnp.zeros((1, 1), jnp.int32)
+    return nn.meta.unbox(model.init(key, row, row, row, initial_router_state(model.model, model.moe))["params"])
+
+
+def visibility(segments_BL: Array, cached_segments_BS: Array | None, at: Array | None) -> Array:
+    """Which slots each token sees: those of its own segment up to itself. Bool [B, L, S]."""
+    keys_BS = segments_BL if cached_segments_BS is None else cached_segments_BS
+    slots_L = jnp.arange(segments_BL.shape[1]) + (0 if at is None else at)
+    same_BLS = segments_BL[:, :, None] == keys_BS[:, None, :]
+    return same_BLS & (slots_L[:, None] >= jnp.arange(keys_BS.shape[1]))
+
+
+def count_totals(mask_BL: Array) -> Totals:
+    """Real tokens, and sequences with any, of a batch."""
+    return Totals(jnp.sum(mask_BL, dtype=jnp.float32), jnp.sum(jnp.any(mask_BL, axis=1), dtype=jnp.float32))
+
+
+def initial_router_state(model: ModelConfig, moe: MoEConfig) -> dict[str, dict[str, dict[str, Array]]]:
+    """The routers' state by stack and block, with a leading axis over repeats. An empty dict for stateless routers."""
+    def stacked(repeats: int) -> dict[str, Array]:
+        return {name: jnp.broadcast_to(value, (repeats, *value.shape))
+                for name, value in get_router(moe.router).initial_state(moe).items()}
+    stacks = {f"stack_{i}": {f"block_{j}": stacked(stack.repeats) for j, sparse in enumerate(stack.sparse) if sparse}
+              for i, stack in enumerate(plan_stacks(model.layers, moe))}
+    return {name: blocks for name, blocks in stacks.items() if blocks}
+
+
+def update_router_state(moe: MoEConfig, state: Mapping[str, Any], records: Mapping[str, Any]) -> dict[str, Any]:
+    """The routers' state after an optimizer step, from the records of its whole batch."""
+    update = get_router(moe.router).update
+    return {stack: {block: jax.vmap(lambda old, seen: update(moe, old, seen))(old, records[stack][block].statistics)
+                    if old else {} for block, old in blocks.items()} for stack, blocks in state.items()}
+
+
+def empty_cache(model: ModelConfig, moe: MoEConfig, batch: int, slots: int, dtype: Any) -> dict[str, dict[str, Cache]]:
+    """A key-value cache for `slots` tokens a row."""
+    def stacked(repeats: int) -> Cache:
+        zeros = jnp.zeros((repeats, batch, slots, model.kv_heads, model.head_dim), dtype)
+        return Cache(zeros, zeros)
+    return {f"stack_{i}": {f"block_{j}": stacked(stack.repeats) for j in range(len(stack.sparse))}
+            for i, stack in enumerate(plan_stacks(model.layers, moe))}
+
+
+def in_order(records: Mapping[str, Mapping[str, LayerRecord]]) -> list[LayerRecord]:
+    """The records of the sparse layers, first layer first."""
+    ordered = []
+    for stack in records.values():
+        repeats = jax.tree.leaves(stack)[0].shape[0]
+        ordered += [jax.tree.map(lambda a, r=r: a[r], record) for r in range(repeats) for record in stack.values()]
+    return ordered
+
+
+def stacked_loads(records: Mapping[str, Any]) -> dict[str, dict[str, Array]]:
+    """The pairs per expert of each sparse layer as float32, structured like `records`: the `loads` of the model."""
+    return jax.tree.map(lambda record: record.load.assigned_E.astype(jnp.float32), records,
+                        is_leaf=lambda node: isinstance(node, LayerRecord))
+

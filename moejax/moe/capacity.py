@@ -1,0 +1,46 @@
+"""Capacity: which pairs are dropped because an expert is full. It changes `valid_N` and nothing else."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from moejax.moe.types import Assignments
+
+
+def limit(assignments: Assignments, mask_T: Array, factor: float, policy: str, groups: int,
+          num_experts: int) -> Assignments:
+    """Keeps at most C = ceil(factor * pairs / E) pairs per expert in each group of tokens; weights stay as they are.
+
+    `pairs` counts the real tokens of a group times K, so padding takes no place. Who stays is decided by `policy`:
+    `choice_major` all first choices before any second, earlier tokens first (GShard 2006.16668); `token_major` earlier
+    tokens first with all their choices; `weight` larger weights first, as batch-prioritised routing does.
+
+    Args:
+      assignments: a token-major list (`choices` > 0).
+      mask_T: real tokens.
+      factor: room of an expert over its mean load.
+      policy: see above.
+      groups: number of equal runs of tokens that are decided on their own.
+      num_experts: E.
+    """
+    choices = assignments.choices
+    expert_GN = assignments.expert_N.reshape(groups, -1)
+    valid_GN = assignments.valid_N.reshape(groups, -1)
+    weight_GN = jax.lax.stop_gradient(assignments.weight_N).reshape(groups, -1)
+    tokens_G = jnp.sum(mask_T.reshape(groups, -1), axis=1)
+    capacity_G = jnp.ceil(factor * choices * tokens_G / num_experts).astype(jnp.int32)
+    order_N = jnp.arange(expert_GN.shape[1])
+    priority = {
+        "choice_major": lambda weight_N: order_N % choices,
+        "token_major": lambda weight_N: order_N,
+        "weight": lambda weight_N: -weight_N,
+    }[policy]
+
+    def keep(expert_N: Array, valid_N: Array, weight_N: Array, capacity: Array) -> Array:
+        queue_N = jnp.where(valid_N, expert_N, num_experts)
+        sorted_queue_N, _, who_N = jax.lax.sort((queue_N, priority(weight_N), order_N), num_keys=2, is_stable=True)
+        place_N = order_N - jnp.searchsorted(sorted_queue_N, sorted_queue_N, side="left")
+        return valid_N & jnp.zeros_like(valid_N).at[who_N].set(place_N < capacity)
+
+    valid_GN = jax.vmap(keep)(expert_GN, valid_GN, weight_GN, capacity_G)
+    return assignments.replace(valid_N=valid_GN.reshape(-1))

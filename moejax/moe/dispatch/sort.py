@@ -1,0 +1,109 @@
+"""Sort: all experts are at hand; tokens are gathered into rows ordered by expert, and their results gathered back.
+
+Dispatch and combine are each other's transpose, so with a token-major list both their gradients are gathers too:
+nothing scatters, which is slow on CPU and not deterministic on GPU.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import Array
+
+from moejax.moe.types import Assignments
+
+
+@struct.dataclass
+class SortPlan:
+    """Where everything lies. An index equal to the length of what it points into means "nothing".
+
+    Attributes:
+      sizes_E: rows of each expert, padded to the alignment.
+      weight_N: of each pair; 0 where it is not valid.
+      row_N: the row of each pair.
+      pair_R: the pair of each row.
+      token_N: the token of each pair.
+      token_R: the token of each row.
+      tokens: T.
+      choices: as in `Assignments`.
+    """
+
+    sizes_E: Array
+    weight_N: Array
+    row_N: Array
+    pair_R: Array
+    token_N: Array
+    token_R: Array
+    tokens: int = struct.field(pytree_node=False)
+    choices: int = struct.field(pytree_node=False)
+
+
+def plan(assignments: Assignments, tokens: int, num_experts: int, alignment: int) -> SortPlan:
+    """Orders the valid pairs by expert, keeping list order within one, and pads every expert to `alignment` rows."""
+    pairs = assignments.expert_N.shape[0]
+    rows = pairs + min(num_experts, pairs) * (alignment - 1)
+    rows = -(-rows // alignment) * alignment
+
+    expert_N = jnp.where(assignments.valid_N, assignments.expert_N, num_experts)
+    sorted_N, order_N = jax.lax.sort((expert_N, jnp.arange(pairs, dtype=jnp.int32)), num_keys=1, is_stable=True)
+    first_E = jnp.searchsorted(sorted_N, jnp.arange(num_experts + 1)).astype(jnp.int32)
+    sizes_E = -(-jnp.diff(first_E) // alignment) * alignment
+    start_E = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(sizes_E)])
+    place_N = start_E[sorted_N] + jnp.arange(pairs, dtype=jnp.int32) - first_E[sorted_N]
+    place_N = jnp.where(sorted_N < num_experts, place_N, rows)
+
+    row_N = jnp.zeros(pairs, jnp.int32).at[order_N].set(place_N, unique_indices=True)
+    pair_R = jnp.full(rows, pairs, jnp.int32).at[place_N].set(order_N, mode="drop", unique_indices=True)
+    token_R = assignments.token_N.at[pair_R].get(mode="fill", fill_value=tokens)
+    weight_N = jnp.where(assignments.valid_N, assignments.weight_N, 0)
+    return SortPlan(sizes_E, weight_N, row_N, pair_R, assignments.token_N, token_R, tokens, assignments.choices)
+
+
+def take(x: Array, index: Array) -> Array:
+    """Rows of x; zeros where the index points past the end."""
+    return x.at[index].get(mode="fill", fill_value=0)
+
+
+def sum_per_token(x_RD: Array, weight_N: Array | None, plan: SortPlan) -> Array:
+    """Adds up, in float32, the (weighted) rows of every token: [T, D]."""
+    if plan.choices:
+        x_TKD = take(x_RD, plan.row_N).reshape(plan.tokens, plan.choices, -1).astype(jnp.float32)
+        if weight_N is not None:
+            x_TKD = x_TKD * weight_N.reshape(plan.tokens, plan.choices, 1)
+        return jnp.sum(x_TKD, axis=1).astype(x_RD.dtype)
+    x_RD, dtype = x_RD.astype(jnp.float32), x_RD.dtype
+    if weight_N is not None:
+        x_RD = x_RD * take(weight_N, plan.pair_R)[:, None]
+    return jnp.zeros((plan.tokens, x_RD.shape[1])).at[plan.token_R].add(x_RD, mode="drop").astype(dtype)
+
+
+@jax.custom_vjp
+def dispatch(x_TD: Array, plan: SortPlan) -> Array:
+    """Copies each token to the rows of its experts: [T, D] -> [R, D]. Padding rows are zero."""
+    return take(x_TD, plan.token_R)
+
+
+dispatch.defvjp(
+    lambda x_TD, plan: (dispatch(x_TD, plan), plan),
+    lambda plan, dx_RD: (sum_per_token(dx_RD, None, plan), None),
+)
+
+
+def combine(y_RD: Array, plan: SortPlan) -> Array:
+    """Adds each token's rows, weighted: [R, D] -> [T, D]."""
+    return _combine(y_RD, plan.weight_N, plan)
+
+
+@jax.custom_vjp
+def _combine(y_RD: Array, weight_N: Array, plan: SortPlan) -> Array:
+    return sum_per_token(y_RD, weight_N, plan)
+
+
+def _combine_backward(saved, dy_TD):
+    y_RD, weight_N, plan = saved
+    dy_RD = take(dy_TD, plan.token_R) * take(weight_N, plan.pair_R)[:, None]
+    d_weight_R = jnp.sum(take(dy_TD, plan.token_R).astype(jnp.float32) * y_RD.astype(jnp.float32), axis=1)
+    return dy_RD.astype(y_RD.dtype), take(d_weight_R, plan.row_N).astype(weight_N.dtype), None
+
+
+_combine.defvjp(lambda y_RD, weight_N, plan: (_combine(y_RD, weight_N, plan), (y_RD, weight_N, plan)),
+                _combine_backward)

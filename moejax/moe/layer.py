@@ -1,0 +1,137 @@
+"""The sparse feed-forward layer: route -> dispatch -> experts -> combine."""
+
+from typing import Any, Callable, Mapping
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import PartitionSpec as P
+
+from moejax import axes, sharding
+from moejax.config import MoEConfig, check
+from moejax.moe import balance, capacity, experts
+from moejax.moe.dispatch import DISPATCHERS, Dispatcher
+from moejax.moe.routing import get_router
+from moejax.moe.types import Assignments, ExpertLoad, LayerRecord, RoutingContext
+
+
+def mixture(config: MoEConfig, router_parameters: Mapping[str, Array], state: Mapping[str, Array], w_in_ED2F: Array,
+            w_out_EFD: Array, x_TD: Array, context: RoutingContext, key: Array | None) -> tuple[Array, LayerRecord]:
+    """A mixture of experts as a pure function: [T, D] -> [T, D] and what happened."""
+    routed = get_router(config.router).route(config, router_parameters, state, x_TD, context)
+    assignments = drop(config, routed.assignments, context)
+    assignments = assignments.replace(local=assignments.local and splits_with_tokens(assignments, context.sequences))
+    dispatcher = choose_dispatcher(config.dispatch, assignments.local)
+
+    def on_device(x_TD: Array, assignments: Assignments, w_in_ED2F: Array, w_out_EFD: Array, key: Array | None) -> Array:
+        compute = experts.choose_compute(config.compute)
+        plan = dispatcher.plan(assignments, x_TD.shape[0], w_in_ED2F.shape[0],
+                               experts.alignment(compute, config.block_rows))
+        rows = dispatcher.dispatch(x_TD, plan)
+        if dispatcher.manual:
+            rows = experts.feed_forward(rows, plan.sizes_E, w_in_ED2F, w_out_EFD, compute=compute,
+                                        block_rows=config.block_rows, dropout_rate=config.expert_dropout, key=key)
+        else:
+            rows = experts.dense_feed_forward(rows, w_in_ED2F, w_out_EFD, config.expert_dropout, key)
+        return dispatcher.combine(rows, plan)
+
+    y_TD = on_every_device(on_device, dispatcher)(x_TD, assignments, w_in_ED2F, w_out_EFD, key)
+    load = ExpertLoad(
+        assigned_E=balance.count_per_expert(routed.assignments, config.num_experts)[0],
+        kept_E=balance.count_per_expert(assignments, config.num_experts)[0],
+        tokens=jnp.sum(context.mask_T, dtype=jnp.int32),
+        entropy=routed.entropy,
+    )
+    return y_TD, LayerRecord(routed.losses, jax.lax.stop_gradient(load), jax.lax.stop_gradient(routed.statistics))
+
+
+def drop(config: MoEConfig, assignments: Assignments, context: RoutingContext) -> Assignments:
+    """Applies the capacity of training or of evaluation, if there is one, to a token-choice list."""
+    factor = config.capacity_factor if context.train else config.eval_capacity_factor
+    if factor is None or assignments.choices == 0:
+        return assignments
+    groups = context.sequences if config.routing_group == "sequence" else 1
+    return capacity.limit(assignments, context.mask_T, factor, config.drop_policy, groups, config.num_experts)
+
+
+def splits_with_tokens(assignments: Assignments, sequences: int) -> bool:
+    """Whether an even split of the list over the mesh gives each device the pairs of its own tokens."""
+    mesh = sharding.current_mesh()
+    return mesh is None or assignments.choices > 0 or sequences % sharding.size(mesh, axes.TOKEN_AXES) == 0
+
+
+def choose_dispatcher(name: str, local: bool) -> Dispatcher:
+    """Resolves `auto`: gather tokens if experts are split or a list names tokens of other devices, else only sort.
+
+    Raises:
+      UserError: `sort` for a list that names tokens of other devices.
+    """
+    mesh = sharding.current_mesh()
+    devices = 1 if mesh is None else mesh.size
+    check(local or devices == 1 or name != "sort", "config.moe.dispatch=sort cannot reach the tokens of other devices, "
+          "which this router chooses from; use auto or all_gather")
+    if name == "auto":
+        name = "all_gather" if devices > 1 and (mesh.shape[axes.EXPERT] > 1 or not local) else "sort"
+    return DISPATCHERS[name]
+
+
+def on_every_device(function: Callable[..., Array], dispatcher: Dispatcher) -> Callable[..., Array]:
+    """Runs (x_TD, assignments, w_in, w_out, key) -> y_TD on each device's tokens and experts; no mesh, as it is."""
+    mesh = sharding.current_mesh()
+    if mesh is None or not dispatcher.manual:
+        return function
+
+    def local(x_TD: Array, assignments: Assignments, w_in_ED2F: Array, w_out_EFD: Array, key: Array | None) -> Array:
+        if assignments.local:
+            first = jax.lax.axis_index(axes.TOKEN_AXES) * x_TD.shape[0]
+            assignments = assignments.replace(token_N=assignments.token_N - first)
+        if key is not None:
+            key = jax.random.fold_in(key, jax.lax.axis_index(axes.MESH_AXES))
+        # What arrives equal on several devices is marked as varying, so that its gradient is summed over them.
+        x_TD, assignments, w_in_ED2F, w_out_EFD = jax.tree.map(
+            lambda a: sharding.varying_over(a, axes.MESH_AXES), (x_TD, assignments, w_in_ED2F, w_out_EFD))
+        return jax.lax.psum(function(x_TD, assignments, w_in_ED2F, w_out_EFD, key), axes.MODEL)
+
+    tokens = P(axes.TOKEN_AXES)
+    expert = axes.EXPERT if dispatcher.splits_experts else None
+    weights = (P(expert, None, None, axes.MODEL), P(expert, axes.MODEL, None))
+    return jax.shard_map(local, in_specs=(tokens, tokens, *weights, P()), out_specs=tokens)
+
+
+class MixtureOfExperts(nn.Module):
+    """Parameters around `mixture`.
+
+    Attributes:
+      config: the sparse layers' settings.
+      hidden: F.
+      out_scale: factor on the initial standard deviation of the down projections.
+      dtype: compute type of the experts; the router computes in float32.
+    """
+
+    config: MoEConfig
+    hidden: int
+    out_scale: float
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x_BLD: Array, state: Mapping[str, Array], context: RoutingContext) -> tuple[Array, LayerRecord]:
+        """[B, L, D] -> [B, L, D] and the layer's record."""
+        batch, length, width = x_BLD.shape
+        count, hidden = self.config.num_experts, self.hidden
+        router_parameters = {
+            name: self.param(f"router_{name}", nn.with_logical_partitioning(nn.initializers.normal(stddev), names), shape)
+            for name, (shape, names, stddev) in get_router(self.config.router).parameters(self.config, width).items()}
+        # The expert axis is a stack of layers, so it is no part of the fan-in.
+        w_in_ED2F = self.param("w_in", nn.with_logical_partitioning(
+            nn.initializers.normal(width**-0.5), ("experts", "embed", "gate_up", "expert_ffn")),
+            (count, width, 2, hidden))
+        w_out_EFD = self.param("w_out", nn.with_logical_partitioning(
+            nn.initializers.normal(self.out_scale * hidden**-0.5), ("experts", "expert_ffn", "embed")),
+            (count, hidden, width))
+        noisy = context.train and (self.config.jitter > 0 or self.config.expert_dropout > 0)
+        router_key, key = jax.random.split(self.make_rng("dropout")) if noisy else (None, None)
+        y_TD, record = mixture(self.config, router_parameters, state, w_in_ED2F.astype(self.dtype),
+                               w_out_EFD.astype(self.dtype), x_BLD.reshape(-1, width), context.replace(key=router_key),
+                               key)
+        return sharding.constrain(y_TD.reshape(batch, length, width), "batch", "length", None), record

@@ -1,0 +1,107 @@
+"""The seam between routers, dispatchers and experts: plain arrays with names."""
+
+from flax import struct
+from jax import Array
+
+
+@struct.dataclass
+class Assignments:
+    """N (token, expert) pairs: what every sparse router decides and every dispatcher carries out.
+
+    Attributes:
+      token_N: int32, index of the token in the flattened batch.
+      expert_N: int32.
+      weight_N: float32, the factor on the expert's output; carries the gradient to the router.
+      valid_N: bool; pairs that are not valid reach no expert (padding, dropped, or beyond a variable k).
+      choices: K > 0 if the list is token-major with exactly K entries a token, so that combining needs no scatter;
+        0 for lists in any other order.
+      local: whether the list can be split along the batch into equal parts that hold the pairs of their own tokens.
+    """
+
+    token_N: Array
+    expert_N: Array
+    weight_N: Array
+    valid_N: Array
+    choices: int = struct.field(pytree_node=False)
+    local: bool = struct.field(pytree_node=False, default=True)
+
+
+@struct.dataclass
+class ExpertLoad:
+    """Sums over tokens of what happened in one layer: additive over devices and micro-batches.
+
+    Attributes:
+      assigned_E: int32, pairs per expert that the router chose.
+      kept_E: int32, pairs per expert that were left after dropping.
+      tokens: int32 scalar, real tokens.
+      entropy: float32 scalar, sum over tokens of the entropy (nats) of the router's distribution over experts.
+    """
+
+    assigned_E: Array
+    kept_E: Array
+    tokens: Array
+    entropy: Array
+
+
+@struct.dataclass
+class RouterOutput:
+    """What a router returns for one layer.
+
+    Attributes:
+      assignments: who goes where, before any dropping.
+      losses: named scalars, normalised over the whole batch (`Totals`), so shares of micro-batches add up.
+      entropy: float32 scalar, as in `ExpertLoad`.
+      statistics: named sums over tokens for the router's state update; additive like `ExpertLoad`.
+    """
+
+    assignments: Assignments
+    losses: dict[str, Array]
+    entropy: Array
+    statistics: dict[str, Array]
+
+
+@struct.dataclass
+class LayerRecord:
+    """What a sparse layer tells beside its output: losses, load and statistics of its router."""
+
+    losses: dict[str, Array]
+    load: ExpertLoad
+    statistics: dict[str, Array]
+
+
+@struct.dataclass
+class Totals:
+    """Sizes of the whole batch, of which the model may see one micro-batch at a time.
+
+    Attributes:
+      tokens: float32 scalar, real tokens.
+      sequences: float32 scalar, sequences with at least one real token.
+    """
+
+    tokens: Array
+    sequences: Array
+
+
+@struct.dataclass
+class RoutingContext:
+    """What a router may know besides the tokens' vectors.
+
+    Attributes:
+      token_ids_T: int32 ids of the tokens.
+      mask_T: bool, false for padding, which enters no selection, capacity, loss or statistic.
+      totals: normalisers of the losses.
+      load_E: float32 pairs per expert in the whole batch, or None to count them in the tokens given.
+      key: PRNG key for noise in training, or None.
+      sequences: B; the tokens are B rows of equal length.
+      shards: parts of the batch for losses of scope `shard`.
+      train: whether noise and training-only rules apply.
+    """
+
+    token_ids_T: Array
+    mask_T: Array
+    totals: Totals
+    load_E: Array | None
+    key: Array | None
+    sequences: int = struct.field(pytree_node=False)
+    shards: int = struct.field(pytree_node=False)
+    train: bool = struct.field(pytree_node=False)

@@ -1,0 +1,38 @@
+"""Next-token prediction."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+
+def next_token(logits_BLV: Array, targets_BL: Array, mask_BL: Array, *, label_smoothing: float = 0.0,
+               head_z_weight: float = 0.0) -> tuple[Array, dict[str, Array]]:
+    """Cross-entropy of the targets, summed over the tokens that count.
+
+    Args:
+      logits_BLV: float32 scores.
+      targets_BL: int32 ids.
+      mask_BL: bool, which targets are real.
+      label_smoothing: share of the target's probability that is spread evenly over the vocabulary.
+      head_z_weight: weight of log(sum exp(logits))^2, which keeps the normaliser near 1 (PaLM, arXiv 2204.02311).
+
+    Returns:
+      The sum to minimise, and sums to report: `loss` (negative log-likelihood alone, nats), `head_z`, `accuracy`
+      (correct predictions).
+    """
+    log_z_BL = jax.nn.logsumexp(logits_BLV, axis=-1)
+    target_BL = jnp.take_along_axis(logits_BLV, targets_BL[..., None], axis=-1)[..., 0]
+
+    def total(per_token_BL: Array) -> Array:
+        return jnp.sum(jnp.where(mask_BL, per_token_BL, 0.0))
+
+    loss = total(log_z_BL - target_BL)
+    head_z = total(log_z_BL**2)
+    objective = loss
+    if label_smoothing > 0:
+        spread = total(log_z_BL - jnp.mean(logits_BLV, axis=-1))
+        objective = (1 - label_smoothing) * loss + label_smoothing * spread
+    if head_z_weight > 0:
+        objective += head_z_weight * head_z
+    accuracy = total((jnp.argmax(logits_BLV, axis=-1) == targets_BL).astype(jnp.float32))
+    return objective, {"loss": loss, "head_z": head_z, "accuracy": accuracy}

@@ -1,0 +1,83 @@
+"""How fast the train step is, measured against what matmuls reach on the same devices in the same process."""
+
+import resource
+import statistics
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from moejax.config import Config
+from moejax.models.count import training_flops
+from moejax.train.setup import Setup, set_up
+
+
+def matmul_ceiling(mesh: Mesh, dtype: Any, repeats: int = 5) -> float:
+    """Floating-point operations per second of a large dense matmul on all devices together: the best of `repeats`."""
+    size = 1024 if mesh.devices.flat[0].platform == "cpu" else 8192
+    rows = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    a = jax.device_put(jnp.ones((size * mesh.size, size), dtype), rows)
+    b = jax.device_put(jnp.ones((size, size), dtype), NamedSharding(mesh, PartitionSpec()))
+    multiply = jax.jit(lambda a, b: (a @ b) / size, out_shardings=rows)
+    multiply(a, b).block_until_ready()
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        multiply(a, b).block_until_ready()
+        seconds.append(time.perf_counter() - start)
+    return 2 * mesh.size * size**3 / min(seconds)
+
+
+def random_batch(config: Config, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """A batch of random tokens without padding."""
+    shape = (config.data.batch_size // jax.process_count(), config.data.length)
+    tokens = rng.integers(0, config.model.vocab_size, (shape[0], shape[1] + 1), dtype=np.int32)
+    return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "mask": np.ones(shape, bool),
+            "segments": np.ones(shape, np.int32),
+            "positions": np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape).copy()}
+
+
+def peak_memory() -> int:
+    """Peak bytes on the busiest local device, or of the process where devices do not tell (CPU)."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    peaks = [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]
+    return max(peaks) if peaks else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def benchmark(config: Config, steps: int = 10) -> dict[str, Any]:
+    """Times the train step on random tokens: compiles, warms up twice, then takes the median of `steps` steps.
+
+    Returns:
+      tokens_per_second, step_seconds (median), compile_seconds (trace and compile), flops_per_token (of training, from
+      the config), matmul_ceiling_flops (per second, all devices), utilisation (the share of that ceiling that
+      flops_per_token * tokens_per_second makes), peak_memory_bytes, and the devices.
+    """
+    setup = set_up(config)
+    with jax.set_mesh(setup.mesh):
+        ceiling = matmul_ceiling(setup.mesh, config.train.dtype)
+        state = setup.initialise()
+        rng = np.random.default_rng(config.seed)
+        batches = [setup.put(random_batch(config, rng)) for _ in range(2)]
+        compile_seconds, step = _compile(setup, state, batches[0])
+        seconds = []
+        for i in range(steps + 2):
+            start = time.perf_counter()
+            state, means, records = step(state, batches[i % 2])
+            jax.block_until_ready((state, means, records))
+            seconds.append(time.perf_counter() - start)
+    median = statistics.median(seconds[2:])
+    rate = config.data.batch_size * config.data.length / median
+    flops = training_flops(config)
+    return {"tokens_per_second": rate, "step_seconds": median, "compile_seconds": compile_seconds,
+            "flops_per_token": flops, "matmul_ceiling_flops": ceiling, "utilisation": rate * flops / ceiling,
+            "peak_memory_bytes": peak_memory(), "devices": jax.device_count(),
+            "platform": jax.devices()[0].platform}
+
+
+def _compile(setup: Setup, state: Any, batch: Any) -> tuple[float, Any]:
+    start = time.perf_counter()
+    compiled = setup.train_step.lower(state, batch).compile()
+    return time.perf_counter() - start, compiled

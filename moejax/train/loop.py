@@ -1,0 +1,218 @@
+"""The training run: continue or start, step, record, evaluate, save."""
+
+import contextlib
+import signal
+import time
+from pathlib import Path
+from typing import Any, Callable, Iterator, NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from moejax.checkpoint import Store, open_workdir, place
+from moejax.config import Config
+from moejax.data.loader import eval_batches, train_loader
+from moejax.data.prepare import Prepared, load_prepared, prepare
+from moejax.evaluation.perplexity import bits_per_byte, evaluate
+from moejax.metrics.record import Recorder, loss_summary, routing_summary
+from moejax.models.count import training_flops
+from moejax.models.transformer import in_order
+from moejax.train.benchmark import matmul_ceiling
+from moejax.train.progress import Progress, duration
+from moejax.train.setup import Setup, describe, set_up
+from moejax.train.state import TrainState
+
+
+class Finished(NamedTuple):
+    """How a run ended.
+
+    Attributes:
+      step: optimizer steps done.
+      stopped: whether a signal ended it before its last step.
+      evaluation: the last evaluation record, or None.
+      prepared: its data.
+      variables: {"params", "router"} of the model, on the mesh.
+    """
+
+    step: int
+    stopped: bool
+    evaluation: dict[str, Any] | None
+    prepared: Prepared
+    variables: dict[str, Any]
+
+
+def train(config: Config, workdir: Path) -> Finished:
+    """Trains, or goes on from the newest checkpoint of the workdir.
+
+    SIGINT and SIGTERM finish the step, save and return; a second one interrupts at once.
+
+    Raises:
+      UserError: the config, the data or the workdir do not allow it.
+    """
+    chief = jax.process_index() == 0
+    setup = set_up(config)
+    prepared = prepare_on_chief(config, workdir)
+    if chief:
+        print(describe(setup), flush=True)
+    recorder = Recorder(workdir) if chief else None
+    store = Store(workdir, config.train.keep)
+    try:
+        with jax.set_mesh(setup.mesh), stop_on_signal() as stop_requested:
+            return _run(setup, prepared, store, recorder, stop_requested)
+    finally:
+        store.close()
+        if recorder:
+            recorder.close()
+
+
+def prepare_on_chief(config: Config, workdir: Path) -> Prepared:
+    """Opens the workdir and prepares the data on process 0; the other processes then read what it wrote."""
+    if jax.process_index() == 0:
+        open_workdir(workdir, config, print)
+        prepared = prepare(config, workdir / "data")
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("data is prepared")
+        prepared = load_prepared(workdir / "data")
+    return prepared
+
+
+def _run(setup: Setup, prepared: Prepared, store: Store, recorder: Recorder | None,
+         stop_requested: Callable[[], bool]) -> Finished:
+    config, options = setup.config, setup.config.train
+    loader = train_loader(prepared.train, prepared.tokenizer.separator_id, config, jax.process_index(),
+                          jax.process_count())
+    state, step = start(setup, store, loader)
+    progress = Progress(step, options.steps, quiet=recorder is None)
+    if step:
+        progress.say(f"continuing at step {step}" + ("; all steps are done" if step >= options.steps else ""))
+    meter = Meter(setup)
+    evaluation, stopped = None, False
+    while step < options.steps and not stopped:
+        batch = setup.put(next(loader))
+        state, means, records = setup.train_step(state, batch)
+        step += 1
+        meter.add(means, records)
+        stopped = stop_requested()
+        last = step == options.steps
+        progress.step(step)
+        if step % options.log_every == 0 or last or stopped:
+            record = {"step": step, "split": "train"} | meter.take()
+            if recorder:
+                recorder.write(record)
+            progress.record(record)
+        if step % options.eval_every == 0 or last:
+            with meter.paused():
+                evaluation = run_evaluation(setup, prepared, state.params, state.router_state, step)
+            if recorder:
+                recorder.write(evaluation)
+            progress.say(evaluation_line(evaluation))
+        if step % options.checkpoint_every == 0 or last or stopped:
+            with meter.paused():
+                fresh = evaluation is not None and evaluation["step"] == step
+                store.save(step, items(state), {"loader": loader.get_state()},
+                           {"loss": evaluation["loss"]} if fresh else None)
+    progress.close()
+    if evaluation is None and not stopped:
+        evaluation = run_evaluation(setup, prepared, state.params, state.router_state, step)
+        progress.say(evaluation_line(evaluation))
+    return Finished(step, stopped and step < options.steps, evaluation, prepared, items(state)["model"])
+
+
+def items(state: TrainState) -> dict[str, Any]:
+    """A state as the two items of a checkpoint: what a model needs, and what only training needs."""
+    return {"model": {"params": state.params, "router": state.router_state},
+            "training": {"step": state.step, "opt_state": state.opt_state, "key": state.key}}
+
+
+def start(setup: Setup, store: Store, loader: Any) -> tuple[TrainState, int]:
+    """The state to go on from, with the loader moved to its place: a checkpoint's, or a fresh one."""
+    if not store.steps():
+        return setup.initialise(), 0
+    restored = store.restore(place(items(setup.shapes), items(setup.shardings)))
+    loader.set_state(restored.data["loader"])
+    model, training = restored.items["model"], restored.items["training"]
+    return TrainState(training["step"], model["params"], training["opt_state"], model["router"],
+                      training["key"]), restored.step
+
+
+def run_evaluation(setup: Setup, prepared: Prepared, params: Any, router_state: Any, step: int) -> dict[str, Any]:
+    """Evaluates on the held-out split and returns the record; call it under the setup's mesh."""
+    begin = time.monotonic()
+    stream, tokenizer = prepared.eval, prepared.tokenizer
+    batches = eval_batches(stream, tokenizer.separator_id, setup.config, jax.process_index(), jax.process_count())
+    result = evaluate(setup.eval_step, params, router_state, map(setup.put, batches))
+    seconds = time.monotonic() - begin
+    return {"step": step, "split": "eval", "loss": result.loss, "accuracy": result.accuracy,
+            "perplexity": float(np.exp(min(result.loss, 700.0))),
+            "bits_per_byte": bits_per_byte(result.loss, len(stream.tokens) - 1, stream.bytes),
+            "targets": result.targets, "tokens_per_second": result.targets / seconds, "seconds": seconds,
+            **loss_summary(result.records), **routing_summary(result.records)}
+
+
+def evaluation_line(record: dict[str, Any]) -> str:
+    """One line for people."""
+    return (f"step {record['step']}  held-out loss {record['loss']:.4f}  bits per byte {record['bits_per_byte']:.4f}  "
+            f"perplexity {record['perplexity']:.2f}  accuracy {record['accuracy']:.4f}  "
+            f"({record['targets']:,} tokens in {duration(record['seconds'])})")
+
+
+class Meter:
+    """Collects what steps report and turns it into one record; does not wait for the device in between."""
+
+    def __init__(self, setup: Setup):
+        self._setup = setup
+        self._ceiling = matmul_ceiling(setup.mesh, setup.config.train.dtype)
+        self._collected: list[tuple[dict[str, jax.Array], Any]] = []
+        self._timed = 0
+        self._since: float | None = None
+
+    def add(self, means: dict[str, jax.Array], records: Any) -> None:
+        """Takes the reports of one step. The first step compiles, so the clock starts when it is done."""
+        self._collected.append((means, records))
+        if self._since is None:
+            jax.block_until_ready(means)
+            self._since = time.monotonic()
+        else:
+            self._timed += 1
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time spent inside is not training time."""
+        if self._collected:
+            jax.block_until_ready(self._collected[-1])
+        begin = time.monotonic()
+        yield
+        self._since += time.monotonic() - begin
+
+    def take(self) -> dict[str, Any]:
+        """Means over the steps since the last call, and speed; waits for the device."""
+        collected = jax.device_get([(means, in_order(records)) for means, records in self._collected])
+        now = time.monotonic()
+        config, steps = self._setup.config, len(collected)
+        rate = self._timed * config.data.batch_size * config.data.length / (now - self._since)
+        self._collected, self._timed, self._since = [], 0, now
+        layers = [jax.tree.map(lambda *parts: np.sum(np.asarray(parts, np.float64), axis=0), *layer)
+                  for layer in zip(*(records for _, records in collected))]
+        layers = [layer.replace(losses={name: value / steps for name, value in layer.losses.items()}) for layer in layers]
+        means = {name: float(np.mean([means[name] for means, _ in collected])) for name in collected[0][0]}
+        return means | loss_summary(layers) | routing_summary(layers) | {
+            "tokens_per_second": rate, "utilisation": rate * training_flops(config) / self._ceiling}
+
+
+@contextlib.contextmanager
+def stop_on_signal() -> Iterator[Callable[[], bool]]:
+    """Inside, a first SIGINT or SIGTERM only sets a flag, which the function given tells; a second one interrupts."""
+    seen: list[int] = []
+
+    def handle(number: int, frame: Any) -> None:
+        if seen:
+            raise KeyboardInterrupt
+        seen.append(number)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(seen)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

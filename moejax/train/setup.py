@@ -1,0 +1,117 @@
+"""From a config to everything that a run computes with: mesh, model, optimizer, jitted steps."""
+
+from functools import partial
+from typing import Any, Callable, Mapping, NamedTuple
+
+import jax
+import numpy as np
+import optax
+from jax import Array
+from jax.sharding import Mesh, NamedSharding
+
+from moejax import axes, sharding
+from moejax.config import Config
+from moejax.evaluation.perplexity import make_eval_step
+from moejax.models import count, transformer
+from moejax.moe.routing import get_router
+from moejax.objectives.next_token import next_token
+from moejax.train.optimizer import make_optimizer
+from moejax.train.state import TrainState, initialise, state_shardings
+from moejax.train.step import Functions, train_step
+
+
+class Setup(NamedTuple):
+    """What a run computes with.
+
+    Attributes:
+      config, mesh, model, optimizer: as named.
+      shapes: of the training state.
+      shardings: of the training state.
+      parameters: their number.
+      initialise: () -> TrainState on the mesh.
+      train_step: (state, batch) -> (state, scalars, records); jitted, consumes the state.
+      eval_step: (params, router_state, batch) -> (sums, records); jitted.
+      put: numpy rows of this process -> global arrays on the mesh.
+    """
+
+    config: Config
+    mesh: Mesh
+    model: transformer.Transformer
+    optimizer: optax.GradientTransformation
+    shapes: TrainState
+    shardings: TrainState
+    parameters: count.ParameterCount
+    initialise: Callable[[], TrainState]
+    train_step: Callable[[TrainState, Mapping[str, Array]], tuple[TrainState, dict[str, Array], Any]]
+    eval_step: Callable[..., tuple[dict[str, Array], Any]]
+    put: Callable[[Mapping[str, np.ndarray]], dict[str, Array]]
+
+
+def set_up(config: Config) -> Setup:
+    """Builds and checks everything; allocates nothing.
+
+    Raises:
+      UserError: the config does not fit the devices, or asks for what does not exist.
+    """
+    mesh = sharding.make_mesh(config.mesh)
+    check_batches(config, mesh)
+    model = transformer.build(config)
+    param_shapes, logical = transformer.abstract_params(model)
+    sharding.validate(param_shapes, logical, mesh)
+    optimizer = make_optimizer(config.optimizer, config.train.steps, logical)
+    start = partial(
+        initialise, partial(transformer.initial_params, model), optimizer,
+        transformer.initial_router_state(config.model, config.moe))
+    shapes = jax.eval_shape(start, jax.random.PRNGKey(0))
+    shardings = state_shardings(shapes, logical, mesh)
+    batch_sharding = NamedSharding(mesh, sharding.spec(("batch", "length")))
+
+    functions = make_functions(config, model)
+    step = jax.jit(partial(train_step, functions, optimizer, config.train.microbatches), donate_argnums=0,
+                   out_shardings=(shardings, None, None))
+    return Setup(
+        config, mesh, model, optimizer, shapes, shardings, count.count_parameters(param_shapes, logical, config.moe),
+        initialise=lambda: jax.jit(start, out_shardings=shardings)(jax.random.PRNGKey(config.seed)),
+        train_step=step,
+        eval_step=make_eval_step(functions.forward, functions.objective),
+        put=lambda rows: {name: jax.make_array_from_process_local_data(batch_sharding, a) for name, a in rows.items()})
+
+
+def make_functions(config: Config, model: transformer.Transformer) -> Functions:
+    """The model, objective and router update of a config as the plain functions that a step takes."""
+    def forward(params: Any, router_state: Any, batch: Mapping[str, Array], train: bool = False,
+                key: Array | None = None, totals: Any = None, loads: Any = None) -> tuple[Array, Any]:
+        output = model.apply({"params": params}, batch["tokens"], batch["positions"], batch["segments"], router_state,
+                             train=train, totals=totals, loads=loads, rngs=None if key is None else {"dropout": key})
+        return output.logits_BLV, output.records
+
+    weights = get_router(config.moe.router).loss_weights(config.moe) if config.moe.every else {}
+    needs_load = weights.get("balance", 0) > 0 and config.moe.balance_scope == "global"
+    return Functions(
+        forward=forward,
+        objective=partial(next_token, label_smoothing=config.train.label_smoothing,
+                          head_z_weight=config.train.head_z_weight),
+        loads=transformer.stacked_loads if needs_load else None,
+        update_router=partial(transformer.update_router_state, config.moe),
+        loss_weights=weights)
+
+
+def check_batches(config: Config, mesh: Mesh) -> None:
+    """Raises `UserError` unless batches and sequences split evenly over the mesh."""
+    data, parts = config.data, config.train.microbatches
+    sharding.divisible(data.batch_size // parts, mesh, axes.BATCH_AXES,
+                       "config.data.batch_size" + (f"/config.train.microbatches={data.batch_size}/{parts}"
+                                                   if parts > 1 else ""))
+    sharding.divisible(data.eval_batch_size or data.batch_size, mesh, axes.BATCH_AXES, "config.data.eval_batch_size")
+    sharding.divisible(data.length, mesh, (axes.CONTEXT,), "config.data.length")
+
+
+def describe(setup: Setup) -> str:
+    """Parameters, operations and mesh in two lines."""
+    config, counted = setup.config, setup.parameters
+    flops = count.training_flops(config)
+    devices = setup.mesh.devices.flat[0]
+    mesh = " x ".join(f"{name}={size}" for name, size in setup.mesh.shape.items() if size > 1) or "one device"
+    return (f"model: {counted.total:,} parameters, {counted.active:,} active for a token (of these {counted.embedding:,} "
+            f"in embedding and head); {flops / 1e6:.1f} MFLOP a token in training\n"
+            f"devices: {setup.mesh.size} {devices.platform} ({mesh}); compute type {config.train.dtype}")

@@ -1,0 +1,111 @@
+"""One optimizer step as a pure function. The model, the objective and the router update arrive as functions."""
+
+from typing import Any, Callable, Mapping, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from moejax.moe.types import LayerRecord, Totals
+from moejax.train.optimizer import global_norm
+from moejax.train.state import TrainState
+
+Batch = Mapping[str, Array]
+"""tokens, targets, mask, segments, positions: arrays [B, L]; see `moejax.data.packing`."""
+
+
+class Functions(NamedTuple):
+    """What a step is made of.
+
+    Attributes:
+      forward: (params, router_state, batch, train, key, totals, loads) -> (logits_BLV, records).
+      objective: (logits_BLV, targets_BL, mask_BL) -> (sum to minimise, sums to report).
+      loads: records -> the `loads` argument of `forward`; None if no loss needs the load of the whole batch.
+      update_router: (router_state, records) -> router_state.
+      loss_weights: weight of each router loss, which is averaged over the sparse layers.
+    """
+
+    forward: Callable[..., tuple[Array, Any]]
+    objective: Callable[[Array, Array, Array], tuple[Array, dict[str, Array]]]
+    loads: Callable[[Any], Any] | None
+    update_router: Callable[[Any, Any], Any]
+    loss_weights: Mapping[str, float]
+
+
+def auxiliary_loss(records: Any, weights: Mapping[str, float]) -> Array:
+    """The weighted router losses, averaged over the sparse layers."""
+    total, layers = jnp.zeros(()), 0
+    for record in jax.tree.leaves(records, is_leaf=lambda node: isinstance(node, LayerRecord)):
+        layers += record.load.tokens.shape[0]
+        total += sum(weights[name] * jnp.sum(values) for name, values in record.losses.items())
+    return total / max(layers, 1)
+
+
+def micro_batches(batch: Batch, parts: int) -> Batch:
+    """[B, ...] -> [parts, B/parts, ...], by taking every parts-th row, so that no row leaves its device."""
+    return {name: jnp.swapaxes(a.reshape(a.shape[0] // parts, parts, *a.shape[1:]), 0, 1) for name, a in batch.items()}
+
+
+def gradients(functions: Functions, state: TrainState, batch: Batch, parts: int) -> tuple[Any, dict[str, Array], Any]:
+    """Gradient of the mean loss of a batch, taken in `parts` micro-batches.
+
+    Every loss is a sum over the tokens at hand divided by a size of the whole batch, so the parts add up to exactly the
+    big batch. The load-balancing loss of global scope also needs the whole batch's load, which takes a forward pass of
+    its own when there are several parts.
+
+    Returns:
+      Gradients, means over the batch to report, and the layer records of the whole batch.
+    """
+    key = jax.random.fold_in(state.key, state.step)
+    real_BL = batch["segments"] > 0
+    totals = Totals(jnp.sum(real_BL, dtype=jnp.float32), jnp.sum(jnp.any(real_BL, axis=1), dtype=jnp.float32))
+    targets = jnp.maximum(jnp.sum(batch["mask"], dtype=jnp.float32), 1.0)
+
+    def loss(params: Any, part: Batch, part_key: Array, loads: Any) -> tuple[Array, tuple[dict[str, Array], Any]]:
+        logits_BLV, records = functions.forward(params, state.router_state, part, True, part_key, totals, loads)
+        objective, sums = functions.objective(logits_BLV, part["targets"], part["mask"])
+        means = {name: value / targets for name, value in sums.items()}
+        return objective / targets + auxiliary_loss(records, functions.loss_weights), (means, records)
+
+    differentiate = jax.grad(loss, has_aux=True)
+    if parts == 1:
+        grads, (means, records) = differentiate(state.params, batch, key, None)
+        return grads, means, records
+
+    split = micro_batches(batch, parts)
+    keys = jax.random.split(key, parts)
+
+    def add_up(function: Callable[[Batch, Array], Any]) -> Any:
+        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(
+            function, jax.tree.map(lambda a: a[0], split), keys[0]))
+        return jax.lax.scan(lambda total, part: (jax.tree.map(jnp.add, total, function(*part)), None), zeros,
+                            (split, keys))[0]
+
+    loads = None
+    if functions.loads is not None:
+        loads = functions.loads(add_up(lambda part, part_key: functions.forward(
+            state.params, state.router_state, part, True, part_key, totals, None)[1]))
+    grads, (means, records) = add_up(lambda part, part_key: differentiate(state.params, part, part_key, loads))
+    return grads, means, records
+
+
+def train_step(functions: Functions, optimizer: optax.GradientTransformation, parts: int, state: TrainState,
+               batch: Batch) -> tuple[TrainState, dict[str, Array], Any]:
+    """One optimizer step.
+
+    Args:
+      functions: model, objective, router update.
+      optimizer: optax's.
+      parts: micro-batches.
+      state: is consumed if jitted with donation.
+      batch: global.
+
+    Returns:
+      The new state, scalars to report, and the layer records of the batch.
+    """
+    grads, means, records = gradients(functions, state, batch, parts)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    new = TrainState(step=state.step + 1, params=optax.apply_updates(state.params, updates), opt_state=opt_state,
+                     router_state=functions.update_router(state.router_state, records), key=state.key)
+    return new, means | {"gradient_norm": global_norm(grads)}, records

@@ -1,0 +1,26 @@
+"""Every test runs on eight simulated CPU devices; tests marked `slow` run only with `--slow`."""
+
+import os
+
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import pytest
+from absl import flags
+
+flags.FLAGS.mark_as_parsed()
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="run the tests that are marked slow, too")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes long and repeats in another combination what a fast test covers")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--slow"):
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs --slow"))

