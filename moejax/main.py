@@ -1,100 +1,241 @@
-"""python -m moejax.main --config=FILE --workdir=DIR [--mode=train|eval|generate|benchmark] [--config.group.key=value ...]
+"""The command line: flags to a config, and a config to one verb."""
 
-A config file is Python and runs as such: only run configs that you trust.
-"""
-
+import ast
+import inspect
 import json
+import os
+import re
+import runpy
 import sys
 import traceback
+import typing
+from dataclasses import Field
 from pathlib import Path
-from typing import Sequence
+from typing import Any, Mapping, Sequence
 
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict
 
 from moejax import config as config_lib
-from moejax.config import Config, UserError, check
+from moejax.config import Config, UserError, check, nearest
 
 MODES = ("train", "eval", "generate", "benchmark")
+CONFIG_PREFIX = "config."
 
-FLAGS = flags.FLAGS
-CONFIG = config_flags.DEFINE_config_file("config", None, "Python file with get_config(), e.g. experiments/tiny.py; "
-                                         "--config.group.key=value overrides a key (python -m moejax.config lists them)")
-WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run: config, data, metrics, checkpoints")
-MODE = flags.DEFINE_enum("mode", "train", MODES, "what to do")
-STEP = flags.DEFINE_integer("step", None, "eval, generate: which checkpoint; default is the newest")
-PROMPT = flags.DEFINE_multi_string("prompt", [], "generate: a prompt; may be given several times")
-MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "generate: new tokens at most")
-TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "generate: 0 takes the likeliest token")
-TOP_K = flags.DEFINE_integer("top_k", 0, "generate: sample from the k likeliest tokens; 0 from all")
-TOP_P = flags.DEFINE_float("top_p", 1.0, "generate: sample from the likeliest tokens that together have this probability")
-REPETITION_PENALTY = flags.DEFINE_float("repetition_penalty", 1.0, "generate: above 1 makes repeats less likely")
-SEED = flags.DEFINE_integer("seed", 0, "generate: seed of the samples")
+HELP = """\
+usage: python -m moejax.main --config=FILE[:ARGUMENT] --workdir=DIR [--mode=MODE] [--config.KEY=VALUE ...] [FLAG ...]
+
+FILE is Python with a function get_config(), to which ARGUMENT is given. It is run, so only use files that you trust.
+--config.KEY=VALUE overrides a key of the config. All keys, with defaults and meaning: python -m moejax.config
+
+modes
+  train      (the default) train, or go on if DIR holds a run; Ctrl-C saves, and the same command goes on
+  eval       evaluate a checkpoint on the held-out text; needs no --config
+  generate   continue a --prompt; needs no --config
+  benchmark  time the train step; prints one JSON object; needs no --workdir
+
+examples
+  python -m moejax.main --config=experiments/tiny.py --workdir=runs/tiny
+  python -m moejax.main --config=experiments/tiny.py --workdir=runs/top1 --config.moe.experts_per_token=1 \\
+      --config.moe.renormalize=False --config.moe.capacity_factor=1.25
+  python -m moejax.main --workdir=runs/tiny --mode=eval
+  python -m moejax.main --workdir=runs/tiny --mode=generate --prompt="My fellow citizens" --temperature=0.8
+  python -m moejax.main --config=experiments/tiny.py --mode=benchmark
+
+flags
+"""
 
 
-def parse_flags(argv: Sequence[str]) -> list[str]:
+def define_flags() -> flags.FlagValues:
+    """A fresh set of all flags: those below, and one for each key of the config, read by `overrides`."""
+    values = flags.FlagValues()
+    flags.DEFINE_boolean("help", False, "print this and exit", short_name="h", flag_values=values)
+    flags.DEFINE_string("config", None, "FILE[:ARGUMENT], e.g. experiments/tiny.py", flag_values=values)
+    flags.DEFINE_string("workdir", None, "folder of the run: config, data, metrics, checkpoints", flag_values=values)
+    flags.DEFINE_enum("mode", "train", MODES, "what to do", flag_values=values)
+    flags.DEFINE_integer("step", None, "eval, generate: which checkpoint; the newest by default", flag_values=values)
+    flags.DEFINE_multi_string("prompt", [], "generate: a prompt; may be given several times", flag_values=values)
+    flags.DEFINE_integer("max_new_tokens", 64, "generate: new tokens at most", flag_values=values)
+    flags.DEFINE_float("temperature", 1.0, "generate: 0 takes the likeliest token", flag_values=values)
+    flags.DEFINE_integer("top_k", 0, "generate: sample from the k likeliest tokens; 0 from all", flag_values=values)
+    flags.DEFINE_float("top_p", 1.0, "generate: sample from the likeliest tokens that together have this probability",
+                       flag_values=values)
+    flags.DEFINE_float("repetition_penalty", 1.0, "generate: above 1 makes repeats less likely", flag_values=values)
+    flags.DEFINE_integer("seed", 0, "generate: seed of the samples", flag_values=values)
+    for name, field in config_lib.fields().items():
+        define = flags.DEFINE_boolean if field.type is bool else flags.DEFINE_string
+        define(CONFIG_PREFIX + name, None, field.metadata["help"], flag_values=values)
+    return values
+
+
+def parse_flags(argv: Sequence[str]) -> flags.FlagValues:
     """absl's parser, with every mistake turned into a `UserError`."""
-    known = config_lib.fields()
-    groups = {name.split(".")[0] for name in known if "." in name}
-    for argument in argv[1:]:
-        name = argument.lstrip("-").split("=")[0]
-        if argument.startswith("--") and name.startswith("config."):
-            key = name.removeprefix("config.")
-            check(key in known, f"unknown flag --{name}: " + (
-                f"config.{key} is a group of keys" if key in groups
-                else f"no such config key{config_lib.nearest(key, list(known))}"))
+    values = define_flags()
     try:
-        return FLAGS(argv)
+        rest = values(list(argv))
+    except flags.UnrecognizedFlagError as error:
+        raise UserError(unknown_flag(error.flagname, values)) from None
+    except flags.IllegalFlagValueError as error:
+        given, _, reason = str(error).partition(": ")
+        flag = values[given.removeprefix("flag --").partition("=")[0]]
+        wanted = "true or false" if flag.boolean else flag.parser.syntactic_help
+        raise UserError(f"{given}: {f'must be {wanted}' if wanted else reason}") from None
     except flags.Error as error:
-        raise UserError(f"{error} (python -m moejax.main --help lists the flags)".replace("\n", " ")) from None
-    except Exception as error:  # whatever a user's config file raises
-        raise UserError(f"--config: {_cause(error)}") from None
+        raise UserError(f"{error}; python -m moejax.main --help lists the flags") from None
+    if rest[1:]:
+        raise UserError(f"unexpected argument {rest[1]!r}; every argument has the form --name=value")
+    return values
 
 
-def _cause(error: Exception) -> str:
-    """The last line of an error in a config file, with the place in that file if it is known."""
-    places = [frame for frame in traceback.extract_tb(error.__traceback__) if "site-packages" not in frame.filename]
-    message = str(error).strip()
-    if "No such file" in message:
-        paths = [word for argument in sys.argv if argument.startswith("--config=") for word in [argument[9:].split(":")[0]]]
-        return f"no such file: {', '.join(paths)}"
-    where = f"{Path(places[-1].filename).name}, line {places[-1].lineno}: " if places else ""
-    return where + " ".join(message.splitlines()[-1:] if "Did you mean" in message else message.splitlines()[:1])
+def help_text(values: flags.FlagValues) -> str:
+    """What --help prints; of the keys of the config it only says where they are listed."""
+    own = [flag for module in values.flags_by_module_dict().values() for flag in module
+           if not flag.name.startswith(CONFIG_PREFIX)]
+    return HELP + "\n".join(f"  --{flag.name}: {' '.join(flag.help.split())}"
+                            + (f" (default: {flag.default})" if flag.default else "") for flag in own)
 
 
-def run(config: Config | None) -> None:
-    """Carries out --mode."""
-    mode = MODE.value
-    if mode == "benchmark":
-        check(config is not None, "--mode=benchmark needs --config=FILE")
-        from moejax.train.benchmark import benchmark
-        print(json.dumps(benchmark(config)))
-        return
-    check(bool(WORKDIR.value), f"--mode={mode} needs --workdir=DIR")
-    workdir = Path(WORKDIR.value)
+def unknown_flag(name: str, values: flags.FlagValues) -> str:
+    """What is wrong with a flag of that name."""
+    key = name.removeprefix(CONFIG_PREFIX)
+    keys = list(config_lib.fields())
+    if key == name:
+        flag = nearest(name, [known for known in values if not known.startswith(CONFIG_PREFIX)])
+        return f"unknown flag --{name}{flag}; python -m moejax.main --help lists the flags"
+    group = next((known for known in keys if known.startswith(f"{key}.")), None)
+    if group:
+        return f"--{name} is a group of keys; set them one by one, e.g. --{CONFIG_PREFIX}{group}=..."
+    return f"unknown config key --{name}{nearest(key, keys)}; python -m moejax.config lists the keys"
+
+
+def overrides(values: flags.FlagValues) -> dict[str, Any]:
+    """The keys of the config that the command line sets, with their values as Python literals where they are some."""
+    fields = config_lib.fields()
+    given = {name: values[CONFIG_PREFIX + name] for name in fields}
+    return {name: _literal(fields[name], flag.value) for name, flag in given.items() if flag.present}
+
+
+def _literal(field: Field, value: Any) -> Any:
+    types = typing.get_args(field.type) or (field.type,)
+    if str in types:
+        return None if value == "None" and type(None) in types else value
+    try:
+        return ast.literal_eval(str(value))
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return value  # `config.build` says what is wrong with it
+
+
+def load_config_file(spec: str) -> dict[str, Any]:
+    """Runs FILE[:ARGUMENT] and returns what its get_config() gives, as nested dicts.
+
+    Raises:
+      UserError: no such file, or whatever goes wrong in it, with file and line.
+    """
+    name, colon, argument = spec.partition(":")
+    check(os.path.isfile(name), f"--config={spec}: there is no file {name!r}; give the path of a Python file, e.g. "
+          "experiments/tiny.py")
+    arguments = [argument] if colon else []
+    try:
+        get_config = runpy.run_path(name, run_name="moejax_config").get("get_config")
+        check(callable(get_config), f"{name}: defines no function get_config(); see experiments/tiny.py for one")
+        try:
+            inspect.signature(get_config).bind(*arguments)
+        except TypeError as error:
+            raise UserError(f"--config={spec}: {error} for get_config(); write --config=FILE:ARGUMENT if it takes an "
+                            "argument, else --config=FILE") from None
+        tree = get_config(*arguments)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{_place(error, name)}: {_reason(error)}") from None
+    check(isinstance(tree, ConfigDict), f"{name}: get_config() must return moejax.config.default() with your changes, "
+          f"not an object of type {type(tree).__name__}")
+    return tree.to_dict()
+
+
+def _place(error: Exception, name: str) -> str:
+    """The line of a config file from which an error came."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == name]
+    if isinstance(error, SyntaxError) and error.filename == name:
+        lines.append(error.lineno)
+    return f"{name}, line {lines[-1]}" if lines else name
+
+
+def _reason(error: Exception) -> str:
+    """An error in a config file in one line. Those of ConfigDict list all keys in many lines."""
+    message = str(error)
+    if unknown := re.search(r'Key "(\w+)" does not exist|Did you mean "\w+" instead of "(\w+)"', message):
+        key = unknown[1] or unknown[2]
+        names = {part: None for name in config_lib.fields() for part in name.split(".")}
+        return f"unknown config key {key!r}{nearest(key, list(names))}; python -m moejax.config lists the keys"
+    if isinstance(error, SyntaxError):
+        message = error.msg
+    return f"{type(error).__name__}: {message}".rstrip(": ")
+
+
+def override(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested dicts with some keys, given by their dotted names, set to other values."""
+    tree = {name: dict(value) if isinstance(value, Mapping) else value for name, value in tree.items()}
+    for name, value in changes.items():
+        group, _, key = name.rpartition(".")
+        node = tree.setdefault(group, {}) if group else tree
+        if isinstance(node, dict):  # else `config.build` says that this is a group of keys
+            node[key] = value
+    return tree
+
+
+def make_config(values: flags.FlagValues, workdir: Path | None) -> Config | None:
+    """The config that the flags ask for; None if they leave it to the workdir."""
+    changes = overrides(values)
+    if values.config is not None:
+        return config_lib.build(override(load_config_file(values.config), changes))
+    if not changes:
+        return None
+    check(workdir is not None and values.mode in ("eval", "generate"),
+          f"--{CONFIG_PREFIX}{next(iter(changes))} needs --config=FILE, whose key it overrides")
+    from moejax.commands import stored_config
+    return config_lib.build(override(stored_config(workdir), changes))
+
+
+def run(values: flags.FlagValues) -> None:
+    """Carries out --mode. What imports jax takes seconds, so it is imported when the flags are known to be good."""
+    mode = values.mode
+    check(values.config is not None or mode in ("eval", "generate"),
+          f"--mode={mode} needs --config=FILE, e.g. --config=experiments/tiny.py")
+    check(bool(values.workdir) or mode == "benchmark", f"--mode={mode} needs --workdir=DIR")
+    check(bool(values.prompt) or mode != "generate", '--mode=generate needs --prompt="..."')
+    workdir = Path(values.workdir) if values.workdir else None
+    config = make_config(values, workdir)
     if mode == "train":
-        check(config is not None, "--mode=train needs --config=FILE, e.g. --config=experiments/tiny.py")
         from moejax.commands import train
         train(config, workdir)
     elif mode == "eval":
         from moejax.commands import evaluate
-        evaluate(config, workdir, STEP.value)
-    else:
-        check(bool(PROMPT.value), '--mode=generate needs --prompt="..."')
+        evaluate(config, workdir, values.step)
+    elif mode == "generate":
         from moejax.commands import generate
-        generate(workdir, STEP.value, PROMPT.value, max_new_tokens=MAX_NEW_TOKENS.value, temperature=TEMPERATURE.value,
-                 top_k=TOP_K.value, top_p=TOP_P.value, repetition_penalty=REPETITION_PENALTY.value, seed=SEED.value)
+        generate(config, workdir, values.step, values.prompt, max_new_tokens=values.max_new_tokens,
+                 temperature=values.temperature, top_k=values.top_k, top_p=values.top_p,
+                 repetition_penalty=values.repetition_penalty, seed=values.seed)
+    else:
+        from moejax.train.benchmark import benchmark
+        print(json.dumps(benchmark(config)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0 done, 2 wrong input (one line on stderr); our own mistakes raise."""
+    """Returns the exit status: 0 done, 2 wrong input (one line on stderr), 130 interrupted; our own mistakes raise."""
     try:
-        rest = parse_flags(list(sys.argv if argv is None else argv))
-        check(len(rest) == 1, f"unexpected argument {rest[-1]!r}; flags look like --name=value")
-        run(None if CONFIG.value is None else config_lib.build(CONFIG.value))
+        values = parse_flags(sys.argv if argv is None else argv)
+        if values.help:
+            print(help_text(values))
+        else:
+            run(values)
     except UserError as error:
-        print(f"moejax: {error}", file=sys.stderr)
+        print("moejax:", " ".join(str(error).split("\n")), file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("moejax: interrupted; nothing that was saved is lost, and the same command goes on", file=sys.stderr)
+        return 130
     return 0
 
 

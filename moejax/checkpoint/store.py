@@ -1,12 +1,13 @@
 """Checkpoints of a run, with Orbax: written in the background, the newest few and the best kept."""
 
+import math
 from pathlib import Path
 from typing import Any, Mapping, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
 
-from moejax.config import UserError
+from moejax.config import check
 
 BEST_METRIC = "loss"
 """The checkpoint whose evaluation had the lowest value of this is kept beside the newest."""
@@ -32,11 +33,12 @@ class Store:
     def __init__(self, workdir: Path, keep: int = 2, read_only: bool = False):
         self.folder = (workdir / "checkpoints").absolute()
         managers = ocp.checkpoint_managers
-        best = managers.BestN(n=1, get_metric_fn=lambda metrics: metrics[BEST_METRIC], reverse=True,
-                              keep_checkpoints_without_metrics=False)
-        policy = None if read_only else managers.AnyPreservationPolicy([managers.LatestN(keep), best])
+        best = managers.BestN(n=1, get_metric_fn=_metric, reverse=True)
+        # Without best_fn Orbax would not write the metrics, and a continued run would forget which checkpoint is best.
+        # Its own read_only is not used, for it warns on stderr each time; with these options it writes nothing either.
         self._manager = ocp.CheckpointManager(self.folder, options=ocp.CheckpointManagerOptions(
-            preservation_policy=policy, read_only=read_only, create=not read_only))
+            preservation_policy=managers.AnyPreservationPolicy([managers.LatestN(keep), best]), best_fn=_metric,
+            best_mode="min", create=not read_only, cleanup_tmp_directories=not read_only))
 
     def save(self, step: int, items: Mapping[str, Any], data: dict[str, Any], metrics: dict[str, float] | None) -> None:
         """Starts writing a checkpoint; returns as soon as the arrays are copied, so they may be donated.
@@ -45,10 +47,13 @@ class Store:
           step: optimizer steps done.
           items: trees of arrays by name.
           data: position in the data, ready for JSON.
-          metrics: of an evaluation at this step, if there was one.
+          metrics: of an evaluation at this step, if there was one; otherwise, and if its loss is not a number, the
+            checkpoint is never the best.
         """
+        loss = (metrics or {}).get(BEST_METRIC, math.inf)
         arrays = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
-        self._manager.save(step, args=ocp.args.Composite(**arrays, data=ocp.args.JsonSave(data)), metrics=metrics)
+        self._manager.save(step, args=ocp.args.Composite(**arrays, data=ocp.args.JsonSave(data)),
+                           metrics={BEST_METRIC: math.inf if math.isnan(loss) else loss})
 
     def steps(self) -> list[int]:
         """Complete checkpoints, oldest first."""
@@ -64,10 +69,10 @@ class Store:
         Raises:
           UserError: there is none.
         """
-        step = max(self.steps(), default=None) if step is None else step
-        if step not in self.steps():
-            raise UserError(f"{self.folder}: no checkpoint{'' if step is None else f' of step {step}'}; train first, or "
-                            "give another --workdir")
+        steps = self.steps()
+        check(bool(steps), f"{self.folder}: no checkpoint; train first, or give another --workdir")
+        step = steps[-1] if step is None else step
+        check(step in steps, f"{self.folder}: no checkpoint of --step={step}; there are {', '.join(map(str, steps))}")
         arrays = {name: ocp.args.StandardRestore(tree) for name, tree in like.items()}
         read = self._manager.restore(step, args=ocp.args.Composite(**arrays, data=ocp.args.JsonRestore()))
         return Restored(step, {name: read[name] for name in like}, read["data"])
@@ -76,6 +81,10 @@ class Store:
         """Waits until everything is on disk, and releases the folder."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+def _metric(metrics: Mapping[str, float]) -> float:
+    return metrics[BEST_METRIC]
 
 
 def place(shapes: Any, shardings: Any) -> Any:

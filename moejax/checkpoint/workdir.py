@@ -1,10 +1,11 @@
 """The folder of a run and the config in it."""
 
+import contextlib
 import json
 import os
-import tempfile
+import shutil
 from pathlib import Path
-from typing import Callable
+from typing import Callable, Iterator
 
 from moejax.config import Config, UserError, build, changed, check, flatten, to_dict
 
@@ -16,14 +17,46 @@ def read_config(workdir: Path) -> Config:
       UserError: no such folder, no config in it, or a damaged one.
     """
     path = workdir / "config.json"
-    check(workdir.is_dir(), f"--workdir={workdir}: no such folder; train first, or correct the path")
-    check(path.is_file(), f"--workdir={workdir}: holds no config.json, so it is not the folder of a run")
+    check(os.path.isdir(workdir), f"--workdir={workdir}: no such folder; train first, or correct the path")
+    check(os.path.isfile(path), f"--workdir={workdir}: holds no config.json, so it is not the folder of a run; train "
+          "first, or correct the path")
+    advice = "restore the file, or start anew in another --workdir"
     try:
-        tree = json.loads(path.read_text())
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: not valid JSON ({error}); restore it, or start anew in another --workdir") from None
-    check(isinstance(tree, dict), f"{path}: not a config; restore it, or start anew in another --workdir")
-    return build(tree)
+        tree = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error}); {advice}") from None
+    check(isinstance(tree, dict), f"{path}: not a config; {advice}")
+    try:
+        return build(tree)
+    except UserError as error:
+        raise UserError(f"{path}: {error}; {advice}") from None
+
+
+def holds_run(workdir: Path) -> bool:
+    """Whether there is something that another config would spoil: a checkpoint or a record."""
+    checkpoints, metrics = workdir / "checkpoints", workdir / "metrics.jsonl"
+    return (os.path.isdir(checkpoints) and any(name.isdigit() for name in os.listdir(checkpoints))
+            or os.path.isfile(metrics) and metrics.stat().st_size > 0)
+
+
+def check_continues(workdir: Path, config: Config) -> list[str]:
+    """Checks that a config does not make another run of the one in a workdir.
+
+    Returns:
+      The keys that differ; all of them are free to.
+
+    Raises:
+      UserError: a key differs that is not free, or config.json cannot be read.
+    """
+    forbidden, free = changed(stored := read_config(workdir), config)
+    if forbidden:
+        before, now = (flatten(to_dict(c)) for c in (stored, config))
+        listed = ", ".join(f"config.{name} ({before[name]!r} -> {now[name]!r})" for name in forbidden)
+        raise UserError(f"--workdir={workdir} holds a run with another config: {listed}; restore these keys or take "
+                        "another --workdir")
+    return free
 
 
 def open_workdir(workdir: Path, config: Config, say: Callable[[str], None]) -> None:
@@ -32,19 +65,53 @@ def open_workdir(workdir: Path, config: Config, say: Callable[[str], None]) -> N
     Raises:
       UserError: the folder cannot be written, or keys have changed that would make it another run.
     """
-    if (workdir / "config.json").exists():
-        forbidden, free = changed(old := read_config(workdir), config)
-        if forbidden:
-            before, now = (flatten(to_dict(c)) for c in (old, config))
-            listed = ", ".join(f"config.{name} ({before[name]!r} -> {now[name]!r})" for name in forbidden)
-            raise UserError(f"--workdir={workdir} holds a run with another config: {listed}; restore these keys or take "
-                            "another --workdir")
-        if free:
+    if holds_run(workdir):
+        if free := check_continues(workdir, config):
             say(f"continuing with changed keys: {', '.join(f'config.{name}' for name in free)}")
+    check(os.path.isdir(workdir) or not os.path.lexists(workdir),
+          f"--workdir={workdir} is a file; choose a folder, or a name that is free")
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=workdir, prefix=".config", delete=False) as file:
-            json.dump(to_dict(config), file, indent=2)
-        os.replace(file.name, workdir / "config.json")
+        _write(workdir / "config.json", json.dumps(to_dict(config), indent=2).encode())
     except OSError as error:
         raise UserError(f"--workdir={workdir}: cannot be written ({error.strerror}); choose another folder") from None
+
+
+@contextlib.contextmanager
+def unchanged_on_user_error(workdir: Path) -> Iterator[None]:
+    """Takes back what was written inside to prepare a run, if it ends because the user's input is wrong.
+
+    config.json gets its old content again. Unless the workdir then holds a run, what is new in it is removed, and so is
+    the workdir itself if it was not there before.
+    """
+    config = workdir / "config.json"
+    content = config.read_bytes() if os.path.isfile(config) else None
+    present = set(os.listdir(workdir)) if os.path.isdir(workdir) else set()
+    missing = [folder for folder in (workdir, *workdir.parents) if not os.path.lexists(folder)]
+    try:
+        yield
+    except UserError:
+        if os.path.isdir(workdir):
+            if content is not None and config.read_bytes() != content:
+                _write(config, content)
+            if not holds_run(workdir):
+                for name in set(os.listdir(workdir)) - present:
+                    _remove(workdir / name)
+                with contextlib.suppress(OSError):  # something else was put there meanwhile
+                    for folder in missing:
+                        folder.rmdir()
+        raise
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Writes a file so that it is there whole or not at all."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_bytes(content)
+    os.replace(part, path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()

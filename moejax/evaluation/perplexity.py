@@ -4,9 +4,9 @@ import math
 from typing import Any, Callable, Iterable, Mapping, NamedTuple
 
 import jax
-import numpy as np
 from jax import Array
 
+from moejax.metrics.record import total_records
 from moejax.models.transformer import in_order
 from moejax.moe.types import LayerRecord
 
@@ -48,12 +48,9 @@ def evaluate(eval_step: Callable[..., tuple[dict[str, Array], Any]], params: Any
     """Runs `eval_step` over all batches. Padded rows count for nothing; sums are kept in float64."""
     results = jax.device_get([eval_step(params, router_state, batch) for batch in batches])
     sums = {name: math.fsum(float(result[0][name]) for result in results) for name in results[0][0]}
-    records = [jax.tree.map(lambda *parts: np.sum(np.asarray(parts, np.float64), axis=0), *layer)
-               for layer in zip(*(result[1] for result in results))]
-    records = [record.replace(losses={name: value / len(results) for name, value in record.losses.items()})
-               for record in records]
     targets = max(sums["targets"], 1)
-    return Evaluation(sums["loss"] / targets, sums["accuracy"] / targets, int(sums["targets"]), records)
+    return Evaluation(sums["loss"] / targets, sums["accuracy"] / targets, int(sums["targets"]),
+                      total_records([result[1] for result in results]))
 
 
 def bits_per_byte(loss: float, tokens: int, size: int) -> float:

@@ -72,7 +72,7 @@ def generate(model: Transformer, params: Mapping[str, Any], tokens: Any, mask: A
     context, vocab_size = model.model.max_length, model.model.vocab_size
     check_decodable(model)
     check(max_new_tokens >= 1, f"max_new_tokens={max_new_tokens} must be at least 1")
-    check(0 <= temperature < math.inf, f"temperature={temperature} must be at least 0 (0 takes the most probable token)")
+    check(0 <= temperature < math.inf, f"temperature={temperature} must be at least 0 (0: the most probable token)")
     check(top_k >= 0, f"top_k={top_k} must be at least 0 (0 is off)")
     check(0 < top_p <= 1, f"top_p={top_p} must be above 0 and at most 1 (1 is off)")
     check(0 < repetition_penalty < math.inf, f"repetition_penalty={repetition_penalty} must be above 0 (1 is off)")
@@ -95,7 +95,7 @@ def generate(model: Transformer, params: Mapping[str, Any], tokens: Any, mask: A
     tokens_BL, mask_BL = prompts.pack_left(tokens_BL, mask_BL, 1 + bucket(longest - 1, context))
     settings = Settings(float(temperature), int(top_k), float(top_p), float(repetition_penalty))
     new_BN, lengths_B = decode(model, params, tokens_BL, mask_BL, prompts.pad_to(digests_B2, (rows, 2)), stop_V,
-                               settings, int(max_new_tokens), slots=bucket(max_new_tokens, context))
+                               settings, int(max_new_tokens), slots=bucket(int(max_new_tokens), context))
     return Generated(np.asarray(new_BN)[:batch, :max_new_tokens], np.asarray(lengths_B)[:batch])
 
 
@@ -103,14 +103,14 @@ def check_decodable(model: Transformer) -> None:
     """Raises `UserError` unless the model can be asked for one token after another, each row on its own."""
     moe, mesh = model.moe, jax.sharding.get_abstract_mesh()
     if moe.every and not get_router(moe.router).causal:
-        raise UserError(f"config.moe.router={moe.router} chooses among tokens that are not there yet, so it has no rule "
-                        "for generating; use a token-choice router such as topk")
+        raise UserError(f"config.moe.router={moe.router} chooses among tokens that are not there yet, so it has no rule"
+                        " for generating; use a token-choice router such as topk")
     if moe.every and moe.eval_capacity_factor is not None and moe.routing_group == "global":
-        raise UserError("config.moe.eval_capacity_factor with config.moe.routing_group=global lets the prompts of a batch "
-                        "displace each other; to generate, set config.moe.eval_capacity_factor=None (dropless)")
+        raise UserError("config.moe.eval_capacity_factor with config.moe.routing_group=global lets the prompts of a"
+                        " batch displace each other; to generate, set config.moe.eval_capacity_factor=None (dropless)")
     if not mesh.empty and mesh.shape[axes.CONTEXT] > 1:
-        raise UserError(f"config.mesh.context={mesh.shape[axes.CONTEXT]} splits sequences, but generation takes one token "
-                        "at a time; set config.mesh.context=1 to generate")
+        raise UserError(f"config.mesh.context={mesh.shape[axes.CONTEXT]} splits sequences, but generation takes one"
+                        " token at a time; set config.mesh.context=1 to generate")
 
 
 def bucket(count: int, most: int) -> int:
@@ -119,7 +119,7 @@ def bucket(count: int, most: int) -> int:
 
 
 def one_token_model(model: Transformer, rows: int) -> Transformer:
-    """The same model with blocks of expert rows that fit one token a row; blocks made for training are mostly padding."""
+    """The same model with blocks of expert rows that fit one token a row; those of training would be mostly empty."""
     moe = model.moe
     mean = max(1, rows * moe.experts_per_token // moe.num_experts)
     block_rows = min(moe.block_rows, 1 << (mean - 1).bit_length())

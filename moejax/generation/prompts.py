@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from moejax.config import check
+from moejax.config import UserError, check
 
 
 def read(tokens: Any, mask: Any, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -41,13 +41,13 @@ def read(tokens: Any, mask: Any, vocab_size: int) -> tuple[np.ndarray, np.ndarra
     outside = np.argwhere(mask_BL & ((tokens_BL < 0) | (tokens_BL >= vocab_size)))
     if len(outside):
         row, column = outside[0]
-        check(False, f"token id {tokens_BL[row, column]} in row {row}, column {column} of tokens is out of the vocabulary "
-              f"of {vocab_size} ids (config.model.vocab_size); use the tokenizer that the model was trained with")
+        raise UserError(f"token id {tokens_BL[row, column]} in row {row}, column {column} of tokens is out of the"
+                        f" vocabulary of {vocab_size} ids (config.model.vocab_size); use the model's own tokenizer")
     return np.where(mask_BL, tokens_BL, 0).astype(np.int32), mask_BL
 
 
 def pack_left(tokens_BL: np.ndarray, mask_BL: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Moves all padding to the left and adds or cuts padding there, so that every row ends in the last of `length` columns.
+    """Moves all padding to the left and adds or cuts padding there, so that every row ends in the last column.
 
     Args:
       tokens_BL: int32, 0 at padding.

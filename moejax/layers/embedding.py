@@ -23,6 +23,7 @@ class Embedding(nn.Module):
     dtype: jnp.dtype
 
     def setup(self):
+        """Declares the parameters."""
         self.table_VD = self.param("table", nn.with_logical_partitioning(
             nn.initializers.normal(self.width**-0.5), ("vocab", "embed")), (self.vocab_size, self.width))
         if not self.tied:

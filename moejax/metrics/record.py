@@ -4,9 +4,18 @@ import json
 from pathlib import Path
 from typing import Any, Sequence
 
+import jax
 import numpy as np
 
 from moejax.moe.types import LayerRecord
+
+
+def total_records(batches: Sequence[Sequence[LayerRecord]]) -> list[LayerRecord]:
+    """Layer records of several batches as one a layer: counts are summed in float64, losses averaged over the batches."""
+    layers = [jax.tree.map(lambda *parts: np.sum(np.asarray(parts, np.float64), axis=0), *layer)
+              for layer in zip(*batches)]
+    return [layer.replace(losses={name: total / len(batches) for name, total in layer.losses.items()})
+            for layer in layers]
 
 
 def routing_summary(records: Sequence[LayerRecord]) -> dict[str, Any]:
@@ -71,11 +80,15 @@ class Recorder:
 
 
 def read(workdir: Path) -> list[dict[str, Any]]:
-    """All records of a workdir; a line torn by a kill is passed over."""
-    records = []
+    """All records of a workdir in order of steps.
+
+    A line torn by a kill is passed over. Steps that were done again after a kill come once, as they were done last.
+    """
+    records = {}
     for line in (workdir / "metrics.jsonl").read_text().splitlines():
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except json.JSONDecodeError:
             continue
-    return records
+        records[record["step"], record["split"]] = record
+    return sorted(records.values(), key=lambda record: (record["step"], record["split"] == "eval"))

@@ -18,10 +18,12 @@ def next_token(logits_BLV: Array, targets_BL: Array, mask_BL: Array, *, label_sm
 
     Returns:
       The sum to minimise, and sums to report: `loss` (negative log-likelihood alone, nats), `head_z`, `accuracy`
-      (correct predictions).
+      (targets that no other token outscores).
     """
     log_z_BL = jax.nn.logsumexp(logits_BLV, axis=-1)
-    target_BL = jnp.take_along_axis(logits_BLV, targets_BL[..., None], axis=-1)[..., 0]
+    # A masked sum rather than a gather: its gradient is elementwise and fuses, where a gather's would scatter.
+    is_target_BLV = jnp.arange(logits_BLV.shape[-1]) == targets_BL[..., None]
+    target_BL = jnp.sum(jnp.where(is_target_BLV, logits_BLV, 0.0), axis=-1)
 
     def total(per_token_BL: Array) -> Array:
         return jnp.sum(jnp.where(mask_BL, per_token_BL, 0.0))
@@ -34,5 +36,5 @@ def next_token(logits_BLV: Array, targets_BL: Array, mask_BL: Array, *, label_sm
         objective = (1 - label_smoothing) * loss + label_smoothing * spread
     if head_z_weight > 0:
         objective += head_z_weight * head_z
-    accuracy = total((jnp.argmax(logits_BLV, axis=-1) == targets_BL).astype(jnp.float32))
+    accuracy = total((target_BL >= jnp.max(logits_BLV, axis=-1)).astype(jnp.float32))
     return objective, {"loss": loss, "head_z": head_z, "accuracy": accuracy}

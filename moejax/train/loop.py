@@ -11,11 +11,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from moejax.checkpoint import Store, open_workdir, place
-from moejax.config import Config
+from moejax.config import Config, check
 from moejax.data.loader import eval_batches, train_loader
 from moejax.data.prepare import Prepared, load_prepared, prepare
 from moejax.evaluation.perplexity import bits_per_byte, evaluate
-from moejax.metrics.record import Recorder, loss_summary, routing_summary
+from moejax.metrics.record import Recorder, loss_summary, routing_summary, total_records
 from moejax.models.count import training_flops
 from moejax.models.transformer import in_order
 from moejax.train.benchmark import matmul_ceiling
@@ -82,7 +82,7 @@ def _run(setup: Setup, prepared: Prepared, store: Store, recorder: Recorder | No
     config, options = setup.config, setup.config.train
     loader = train_loader(prepared.train, prepared.tokenizer.separator_id, config, jax.process_index(),
                           jax.process_count())
-    state, step = start(setup, store, loader)
+    state, step = start(setup, store, loader, prepared.content)
     progress = Progress(step, options.steps, quiet=recorder is None)
     if step:
         progress.say(f"continuing at step {step}" + ("; all steps are done" if step >= options.steps else ""))
@@ -110,7 +110,7 @@ def _run(setup: Setup, prepared: Prepared, store: Store, recorder: Recorder | No
         if step % options.checkpoint_every == 0 or last or stopped:
             with meter.paused():
                 fresh = evaluation is not None and evaluation["step"] == step
-                store.save(step, items(state), {"loader": loader.get_state()},
+                store.save(step, items(state), {"loader": loader.get_state(), "content": prepared.content},
                            {"loss": evaluation["loss"]} if fresh else None)
     progress.close()
     if evaluation is None and not stopped:
@@ -125,11 +125,17 @@ def items(state: TrainState) -> dict[str, Any]:
             "training": {"step": state.step, "opt_state": state.opt_state, "key": state.key}}
 
 
-def start(setup: Setup, store: Store, loader: Any) -> tuple[TrainState, int]:
-    """The state to go on from, with the loader moved to its place: a checkpoint's, or a fresh one."""
+def start(setup: Setup, store: Store, loader: Any, content: str) -> tuple[TrainState, int]:
+    """The state to go on from, with the loader moved to its place: a checkpoint's, or a fresh one.
+
+    Raises:
+      UserError: the checkpoint was trained on other data than that with this hash.
+    """
     if not store.steps():
         return setup.initialise(), 0
     restored = store.restore(place(items(setup.shapes), items(setup.shardings)))
+    check(restored.data["content"] == content, f"{store.folder}: was trained on other data than config.data.source now "
+          "gives; restore the data or take another --workdir")
     loader.set_state(restored.data["loader"])
     model, training = restored.items["model"], restored.items["training"]
     return TrainState(training["step"], model["params"], training["opt_state"], model["router"],
@@ -189,12 +195,10 @@ class Meter:
         """Means over the steps since the last call, and speed; waits for the device."""
         collected = jax.device_get([(means, in_order(records)) for means, records in self._collected])
         now = time.monotonic()
-        config, steps = self._setup.config, len(collected)
+        config = self._setup.config
         rate = self._timed * config.data.batch_size * config.data.length / (now - self._since)
         self._collected, self._timed, self._since = [], 0, now
-        layers = [jax.tree.map(lambda *parts: np.sum(np.asarray(parts, np.float64), axis=0), *layer)
-                  for layer in zip(*(records for _, records in collected))]
-        layers = [layer.replace(losses={name: value / steps for name, value in layer.losses.items()}) for layer in layers]
+        layers = total_records([records for _, records in collected])
         means = {name: float(np.mean([means[name] for means, _ in collected])) for name in collected[0][0]}
         return means | loss_summary(layers) | routing_summary(layers) | {
             "tokens_per_second": rate, "utilisation": rate * training_flops(config) / self._ceiling}

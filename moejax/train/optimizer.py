@@ -37,13 +37,16 @@ def matrix_axes(names: tuple[str | None, ...]) -> tuple[int, ...]:
 
 
 def is_matrix(names: tuple[str | None, ...]) -> bool:
-    """Whether a parameter holds weight matrices between activations: not norms, biases, embedding or head."""
-    return len(matrix_axes(names)) >= 2 and "vocab" not in names
+    """Whether a parameter holds weight matrices between activations: not norms, biases, embedding, head or router.
+
+    These decay and are what Muon orthogonalises. A router's scale is the business of its z-loss.
+    """
+    return len(matrix_axes(names)) >= 2 and not {"vocab", "router"} & set(names)
 
 
 def muon_dimensions(names: tuple[str | None, ...]) -> optax.contrib.MuonDimensionNumbers | None:
     """Input and output axes of a weight matrix for Muon, experts and layers apart; None for what Adam should update."""
-    if not is_matrix(names) or "router" in names:
+    if not is_matrix(names):
         return None
     inner = matrix_axes(names)
     # The model width is always one whole side, so the other axes (heads and head size, say) are the other side.

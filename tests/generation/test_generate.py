@@ -7,32 +7,43 @@ import numpy as np
 import pytest
 
 from moejax import config, sharding
-from moejax.generation import cache, generate, prompts, sampling, score
+from moejax.generation import cache, generate, prompts, score
 from moejax.models import transformer
 
-V = 31
+V, CONTEXT = 31, 20
 SPARSE = {"first_dense": 1, "num_experts": 6, "ffn": 10, "block_rows": 4, "capacity_factor": 0.5}
-BIASED = {"every": 2, "num_experts": 5, "ffn": 10, "block_rows": 4, "score": "sigmoid", "bias_rate": 0.1, "shared_experts": 1}
+BIASED = {"every": 2, "num_experts": 5, "ffn": 10, "block_rows": 4, "score": "sigmoid", "bias_rate": 0.1,
+          "shared_experts": 1}
 PROMPTS = [[4, 9, 2], [7], [4, 9, 2], [1, 30, 12, 5, 8, 8, 3]]
-SAMPLED = {"temperature": 1.1, "top_k": 12, "top_p": 0.95, "repetition_penalty": 1.2, "seed": 3}
+SAMPLED = {"temperature": 2.5, "top_k": 12, "top_p": 0.95, "repetition_penalty": 1.2, "seed": 3}
 
 
-def make(moe, **model):
-    """A model with parameters so large that its choices are no ties, and a random selection bias."""
+def make(moe, layers=4):
+    """A model with random parameters, so large that its choices are no ties, and a random selection bias."""
     tree = config.default()
     tree.data.length = 8
-    tree.model.update(vocab_size=V, layers=3, embed=12, heads=4, kv_heads=2, head_dim=6, ffn=20, max_length=48)
-    tree.model.update(model)
+    tree.model.update(vocab_size=V, layers=layers, embed=12, heads=4, kv_heads=2, head_dim=6, ffn=22,
+                      max_length=CONTEXT)
     tree.moe.update(moe)
     built = config.build(tree)
-    module = transformer.build(built)
+    model = transformer.build(built)
     state = transformer.initial_router_state(built.model, built.moe)
     row = jnp.zeros((1, 1), jnp.int32)
-    params = nn.meta.unbox(jax.jit(module.init)(jax.random.key(0), row, row, row, state))["params"]
-    params = jax.tree.map(lambda a: 2 * a, params)
-    params["embedding"]["head"] *= 15
-    state = jax.tree.map(lambda a: a + 0.2 * jax.random.normal(jax.random.key(1), a.shape), state)
-    return module, {"params": params, "router": state}
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda a: rng.normal(scale=0.5, size=a.shape).astype(a.dtype), nn.meta.unbox(
+        jax.eval_shape(model.init, jax.random.key(0), row, row, row, state))["params"])
+    params["embedding"]["head"] *= 3
+    state = jax.tree.map(lambda a: a + 0.2 * rng.normal(size=a.shape).astype(a.dtype), state)
+    return model, {"params": params, "router": state}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_compilation():
+    """These laws are about moejax, not about XLA's optimisations, which take most of the time."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="module")
@@ -63,47 +74,47 @@ def padded(rows, sides, columns, seed=0):
     return tokens_BL, mask_BL
 
 
-def reference(model, params, prompt, count, penalty):
-    """Greedy decoding by full forward passes over one row, with the repetition penalty by its definition."""
-    row = list(prompt)
+def reference(model, params, rows, count, penalty):
+    """Greedy decoding by full forward passes, with the repetition penalty by its definition."""
+    rows = [list(row) for row in rows]
     for _ in range(count):
-        width = -(-len(row) // 16) * 16  # causal: what stands behind the row changes nothing
-        logits_V = np.array(score.logits(model, params, *padded([row], ["right"], width)))[0, len(row) - 1]
-        for token in set(row):
-            logits_V[token] *= 1 / penalty if logits_V[token] > 0 else penalty
-        row.append(int(logits_V.argmax()))
-    return row[len(prompt):]
+        # In a causal model, what stands behind a row changes nothing.
+        logits_BLV = np.array(score.logits(model, params, *padded(rows, ["right"] * len(rows), CONTEXT)))
+        for row, logits_LV in zip(rows, logits_BLV, strict=True):
+            logits_V = logits_LV[len(row) - 1]
+            for token in set(row):
+                logits_V[token] *= 1 / penalty if logits_V[token] > 0 else penalty
+            row.append(int(logits_V.argmax()))
+    return [row[-count:] for row in rows]
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.6])
 def test_cached_greedy_decoding_is_the_argmax_of_full_forward_passes(any_model, penalty):
-    tokens_BN, lengths_B = generate.generate(*any_model, PROMPTS, max_new_tokens=13, repetition_penalty=penalty)
+    count = CONTEXT - max(map(len, PROMPTS))  # a row may fill the context
+    tokens_BN, lengths_B = generate.generate(*any_model, PROMPTS, max_new_tokens=count, repetition_penalty=penalty)
     assert tokens_BN.dtype == lengths_B.dtype == np.int32
-    np.testing.assert_array_equal(lengths_B, 13)
-    for prompt, tokens_N in zip(PROMPTS, tokens_BN, strict=True):
-        np.testing.assert_array_equal(tokens_N, reference(*any_model, prompt, 13, penalty))
+    np.testing.assert_array_equal(lengths_B, count)
+    np.testing.assert_array_equal(tokens_BN, reference(*any_model, PROMPTS, count, penalty))
     assert len(np.unique(tokens_BN)) > 4, "a model that says one thing tests nothing"
 
 
-def test_cached_logits_are_those_of_the_forward_pass(any_model):
-    model, params = any_model
-    rows, slots, known = np.random.default_rng(0).integers(0, V, (3, 11)), 14, 6
-    pads = np.array([0, 3, 2])  # empty slots to the left of each row
-    tokens_BS, mask_BS = prompts.pack_left(*padded(rows, ["right"] * 3, 11), slots)
-    for b, pad in enumerate(pads):
-        tokens_BS[b], mask_BS[b] = np.roll(tokens_BS[b], pad - 3), np.arange(slots) >= pad
+def test_cached_logits_are_those_of_the_forward_pass(sparse):
+    model, params = sparse
+    lengths, known = (17, 20, 18, 15), 6
+    rng = np.random.default_rng(0)
+    rows = [rng.integers(0, V, length) for length in lengths]
+    tokens_BS, mask_BS = padded(rows, ["left"] * 4, CONTEXT)
+    tokens_BS = np.where(mask_BS, tokens_BS, 0)
     positions_BS = prompts.count_positions(mask_BS)
     full_BSV = score.logits(model, params, tokens_BS, mask_BS)
     extend = jax.jit(cache.extend, static_argnames="model")
-    memory = cache.empty(model, 3, slots)
-    begin = 0
-    for end in (known, *range(known + 1, slots + 1)):
+    memory = cache.empty(model, 4, CONTEXT)
+    for begin, end in ((0, known), *((at, at + 1) for at in range(known, CONTEXT))):
         now = slice(begin, end)
         logits_BLV, memory = extend(model, params, memory, tokens_BS[:, now], positions_BS[:, now], mask_BS[:, now],
                                     begin)
         real_BL = mask_BS[:, now]
-        np.testing.assert_allclose(logits_BLV[real_BL], full_BSV[:, now][real_BL], atol=1e-5 * np.abs(full_BSV).max())
-        begin = end
+        np.testing.assert_allclose(logits_BLV[real_BL], full_BSV[:, now][real_BL], atol=1e-5)
 
 
 @pytest.mark.parametrize("rule", [{}, SAMPLED], ids=["greedy", "sampled"])
@@ -112,16 +123,14 @@ def test_a_prompt_yields_the_same_whatever_its_row_neighbours_and_padding(any_mo
         return generate.generate(*any_model, tokens, mask, max_new_tokens=11, **rule)
 
     base = run(PROMPTS)
-    others = [[20, 21], PROMPTS[1], [22] * 9, PROMPTS[3]]
+    others = [[20, 21], PROMPTS[1], [22] * 8, PROMPTS[3]]
     order = [3, 0, 1, 2]
     arrangements = [
         (run([PROMPTS[i] for i in order]), order, range(4)),
-        (run(PROMPTS[:1]), [0], [0]),
-        (run(PROMPTS[3:]), [3], [0]),
         (run(others), [1, 3], [1, 3]),
         (run(*padded(PROMPTS, ["left"] * 4, 7)), range(4), range(4)),
         (run(*padded(PROMPTS, ["right", "left", "between", "right"], 12)), range(4), range(4)),
-        (run(*padded(PROMPTS, ["between", "right", "between", "between"], 40)), range(4), range(4)),
+        (run(*padded(PROMPTS, ["between", "right", "between", "between"], 33)), range(4), range(4)),
     ]
     for result, rows, places in arrangements:
         np.testing.assert_array_equal(result.tokens[list(places)], base.tokens[list(rows)])
@@ -129,11 +138,21 @@ def test_a_prompt_yields_the_same_whatever_its_row_neighbours_and_padding(any_mo
     assert (base.tokens[0] == base.tokens[2]).all() == (not rule), "equal prompts: one argmax, but two samples"
 
 
+@pytest.mark.parametrize("rule", [{}, SAMPLED], ids=["greedy", "sampled"])
+def test_a_batch_yields_what_its_prompts_yield_alone(sparse, rule):
+    together = generate.generate(*sparse, PROMPTS, max_new_tokens=11, **rule)
+    for b in (0, 1, 3):  # prompt 2 is the second of its kind
+        alone = generate.generate(*sparse, PROMPTS[b:b + 1], max_new_tokens=11, **rule)
+        np.testing.assert_array_equal(alone.tokens[0], together.tokens[b])
+
+
 def test_samples_follow_the_seed(sparse):
     runs = [generate.generate(*sparse, PROMPTS, max_new_tokens=11, **(SAMPLED | {"seed": seed})).tokens
             for seed in (3, 3, -4, 2**40)]
     np.testing.assert_array_equal(runs[0], runs[1])
-    assert all((runs[0] != other).any(axis=1).all() for other in runs[2:])
+    assert all((runs[0] != other).any(axis=1).sum() >= 3 for other in runs[2:])
+    even_BN = generate.generate(*sparse, PROMPTS, max_new_tokens=11, temperature=1e6).tokens
+    assert all(len(np.unique(even_N)) > 4 for even_N in even_BN), "each step draws anew"
 
 
 @pytest.mark.parametrize("rule", [{}, SAMPLED], ids=["greedy", "sampled"])
@@ -149,42 +168,37 @@ def test_a_stop_token_cuts_a_row_and_fills_it(sparse, rule):
     assert lengths_B.min() == 1 and lengths_B.max() > 1
 
 
-def count_model_calls(monkeypatch):
-    calls = []
+def test_nothing_is_traced_again_and_the_loop_ends_with_the_last_row(monkeypatch):
+    model = make({"every": 0})
+    traces, calls = [], []
     extend = cache.extend
-    monkeypatch.setattr(cache, "extend", lambda *args, **kwargs: calls.append(1) or extend(*args, **kwargs))
-    return calls
 
+    def counted(*args, **kwargs):
+        traces.append(1)
+        jax.debug.callback(lambda: calls.append(1))
+        return extend(*args, **kwargs)
 
-def test_eager_is_jit_and_the_loop_ends_with_the_last_row(monkeypatch):
-    model = make(SPARSE, layers=2)
-    compiled = generate.generate(*model, [[7, 1], [5]], max_new_tokens=14)
-    first = {int(row[0]) for row in compiled.tokens}
-    calls = count_model_calls(monkeypatch)
-    with jax.disable_jit():
-        eager = generate.generate(*model, [[7, 1], [5]], max_new_tokens=2)
-        assert len(calls) == 1 + 2, "one prefill, then one call a token"
-        stopped = generate.generate(*model, [[7, 1], [5]], max_new_tokens=14, stop_tokens=first)
-        assert len(calls) == 3 + 1 + 1, "all rows have stopped after one token"
-    np.testing.assert_array_equal(eager.tokens, compiled.tokens[:, :2])
-    np.testing.assert_array_equal(stopped.tokens, np.repeat(compiled.tokens[:, :1], 14, axis=1))
-
-
-def test_nothing_is_traced_again_and_padded_sizes_do_not_show(monkeypatch):
-    model = make(SPARSE, layers=2, ffn=21)
-    calls = count_model_calls(monkeypatch)
+    monkeypatch.setattr(cache, "extend", counted)
     base = generate.generate(*model, PROMPTS, max_new_tokens=9, **SAMPLED)
-    traced = len(calls)
-    assert traced > 0
-    generate.generate(*model, PROMPTS[::-1], max_new_tokens=16, stop_tokens=(3, 4))
+    jax.effects_barrier()
+    once = len(traces)
+    assert once > 0 and len(calls) == 1 + 9, "one prefill, then one call a token"
+    first = set(base.tokens[:, 0].tolist())
+    stopped = generate.generate(*model, PROMPTS, max_new_tokens=12, stop_tokens=first, **SAMPLED)
+    jax.effects_barrier()
+    assert len(calls) == 1 + 9 + 1 + 1, "all rows have stopped after one token"
+    np.testing.assert_array_equal(stopped.tokens, np.repeat(base.tokens[:, :1], 12, axis=1))
     generate.generate(*model, [[1] * 17] * 4, max_new_tokens=1, temperature=1, top_k=3, top_p=0.5, seed=9)
-    equal_model = transformer.Transformer(model[0].model, model[0].moe)
-    generate.generate(equal_model, jax.tree.map(lambda a: 2 * a, model[1]), PROMPTS)
-    assert len(calls) == traced + 2, "only 32 new tokens need a larger cache, and so one more trace"
+    generate.generate(model[0].clone(), jax.tree.map(lambda a: 2 * a, model[1]), PROMPTS, max_new_tokens=np.int64(4))
+    assert len(traces) == once
+
+
+def test_padded_sizes_do_not_show(sparse, monkeypatch):
+    rules = ({}, SAMPLED, {"temperature": 1.0, "seed": 1}, {"temperature": 2.0, "seed": 2})
+    bucketed = [generate.generate(*sparse, PROMPTS, max_new_tokens=9, **rule).tokens for rule in rules]
     monkeypatch.setattr(generate, "bucket", lambda count, most: max(count, 1))
-    exact = generate.generate(*model, PROMPTS, max_new_tokens=9, **SAMPLED)
-    assert len(calls) == traced + 4
-    np.testing.assert_array_equal(exact.tokens, base.tokens)
+    for rule, expected in zip(rules, bucketed, strict=True):
+        np.testing.assert_array_equal(generate.generate(*sparse, PROMPTS, max_new_tokens=9, **rule).tokens, expected)
 
 
 def test_a_bucket_is_enough_and_no_more_than_the_context():
@@ -192,37 +206,37 @@ def test_a_bucket_is_enough_and_no_more_than_the_context():
         assert count <= generate.bucket(count, 48) <= max(16, min(48, 2 * count))
 
 
-def test_a_prompt_may_fill_the_context(sparse):
-    prompt = np.random.default_rng(1).integers(0, V, 45)
-    np.testing.assert_array_equal(generate.generate(*sparse, [prompt], max_new_tokens=3).tokens[0],
-                                  reference(*sparse, prompt, 3, 1.0))
-
-
 def test_a_mesh_of_all_devices_yields_the_same(sparse):
-    expected = generate.generate(*sparse, PROMPTS[1:], max_new_tokens=6, **SAMPLED)
-    expected_logits = score.logits(*sparse, PROMPTS[1:])
+    batch = padded(PROMPTS, ["right"] * 4, CONTEXT)
+    expected = generate.generate(*sparse, *batch, max_new_tokens=6, **SAMPLED)
+    expected_logits = score.logits(*sparse, *batch)
     expert = 2 if jax.device_count() % 2 == 0 else 1
     with jax.set_mesh(sharding.make_mesh(config.MeshConfig(data=-1, expert=expert))):
-        result = generate.generate(*sparse, PROMPTS[1:], max_new_tokens=6, **SAMPLED)
-        logits = score.logits(*sparse, PROMPTS[1:])
+        result = generate.generate(*sparse, *batch, max_new_tokens=6, **SAMPLED)
+        logits = score.logits(*sparse, *batch)
     np.testing.assert_array_equal(result.tokens, expected.tokens)
-    np.testing.assert_allclose(logits, expected_logits, atol=1e-5 * np.abs(expected_logits).max())
+    np.testing.assert_allclose(logits[batch[1]], expected_logits[batch[1]], atol=1e-5)
 
 
 def test_padding_changes_no_score(any_model):
     model, params = any_model
-    forward = jax.jit(lambda tokens_1L: model.apply(
-        {"params": params["params"]}, tokens_1L, jnp.arange(7)[None], jnp.ones((1, 7), jnp.int32), params["router"]))
-    alone_LV = forward(np.array([PROMPTS[3]])).logits_BLV[0]
-    sides = ["left", "right", "between", "between"]
+    prompt = np.array([PROMPTS[3]])
+    alone_LV = model.apply({"params": params["params"]}, prompt, np.arange(7)[None], np.ones((1, 7), np.int32),
+                           params["router"]).logits_BLV[0]
     for seed in (0, 1):
-        tokens_BL, mask_BL = padded([PROMPTS[3]] * 4, sides, 12, seed)
+        tokens_BL, mask_BL = padded([PROMPTS[3]] * 4, ["left", "right", "between", "between"], CONTEXT, seed)
         logits_BLV = np.asarray(score.logits(model, params, tokens_BL, mask_BL))
-        assert logits_BLV.shape == (4, 12, V) and logits_BLV.dtype == np.float32 and np.isfinite(logits_BLV).all()
+        assert logits_BLV.shape == (4, CONTEXT, V) and logits_BLV.dtype == np.float32
+        assert np.isfinite(logits_BLV).all()
         for b in range(4):
             np.testing.assert_allclose(logits_BLV[b, mask_BL[b]], alone_LV, atol=1e-6 * np.abs(alone_LV).max())
-    ragged_BLV = score.logits(model, params, PROMPTS)
-    np.testing.assert_allclose(ragged_BLV[3], alone_LV, atol=1e-6 * np.abs(alone_LV).max())
+
+
+def test_lists_of_unequal_length_are_rows_padded_on_the_right():
+    expected_tokens_BL, expected_mask_BL = prompts.read(*padded(PROMPTS, ["right"] * 4, 7), V)
+    tokens_BL, mask_BL = prompts.read(PROMPTS, None, V)
+    np.testing.assert_array_equal(tokens_BL, expected_tokens_BL)
+    np.testing.assert_array_equal(mask_BL, expected_mask_BL)
 
 
 GOOD = {"tokens": [[1, 2], [3]], "mask": None}
@@ -239,7 +253,7 @@ BAD_TOKENS = [
 BAD_PROMPTS = [
     ({"tokens": [[1], []]}, "row 1 is empty"),
     ({"tokens": [[1, 2], [3, 4]], "mask": [[True, False], [False, False]]}, "row 1 is empty"),
-    ({"tokens": [[1], [1] * 40], "max_new_tokens": 9}, "prompt of 40 tokens and max_new_tokens=9 .* context of 48 .*shorten"),
+    ({"tokens": [[1], [1] * 18], "max_new_tokens": 3}, "prompt of 18 tokens and max_new_tokens=3 .* context of 20"),
     ({"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
     ({"temperature": -0.1}, "temperature=-0.1 must be at least 0"),
     ({"temperature": float("nan")}, "temperature=nan"),
@@ -262,7 +276,7 @@ def test_bad_input_is_refused_in_one_line(sparse, bad, message):
     assert_refused(lambda: generate.generate(*sparse, **(GOOD | bad)), message)
 
 
-@pytest.mark.parametrize("bad, message", BAD_TOKENS + [({"tokens": [[1] * 49]}, "49 tokens .* context of 48")])
+@pytest.mark.parametrize("bad, message", BAD_TOKENS + [({"tokens": [[1] * 21]}, "21 tokens .* context of 20")])
 def test_bad_input_is_not_scored(sparse, bad, message):
     assert_refused(lambda: score.logits(*sparse, **(GOOD | bad)), message)
 
@@ -276,9 +290,3 @@ def test_a_model_that_cannot_decode_is_refused(sparse, moe, message):
     assert_refused(lambda: generate.generate(model, sparse[1], [[1]]), message)
     dense = sparse[0].clone(moe=config.MoEConfig(every=0, **moe))
     generate.check_decodable(dense)
-
-
-def test_masked_ids_need_no_vocabulary_and_keys_do_not_read_them():
-    rows = [prompts.read(*padded([[5, 6]], [side], 4), V) for side in ("left", "right")]
-    digests = [sampling.row_digests([tokens_BL[mask_BL]], 0) for tokens_BL, mask_BL in rows]
-    np.testing.assert_array_equal(*digests)

@@ -75,10 +75,11 @@ def matrix(assignments, tokens=T, experts=E):
 
 
 def assignments_of(expert_TK, weight_TK, valid_TK):
+    """A token-major list."""
     tokens, choices = np.shape(expert_TK)
-    token_N = np.repeat(np.arange(tokens, dtype=np.int32), choices)
-    return Assignments(token_N, np.reshape(expert_TK, -1).astype(np.int32),
-                       np.reshape(weight_TK, -1).astype(np.float32), np.reshape(valid_TK, -1), choices)
+    columns = (np.repeat(np.arange(tokens), choices), np.ravel(expert_TK), np.ravel(weight_TK), np.ravel(valid_TK))
+    dtypes = (jnp.int32, jnp.int32, jnp.float32, bool)
+    return Assignments(*(jnp.asarray(column, dtype) for column, dtype in zip(columns, dtypes, strict=True)), choices)
 
 
 def logits(x_TD, w_DE):
@@ -195,5 +196,5 @@ def assert_close(got, want, tolerance=1e-5, per_expert=False):
     assert got.shape == want.shape and np.isfinite(got).all()
     parts = zip(got, want, strict=True) if per_expert else [(got, want)]
     for e, (g, w) in enumerate(parts):
-        error, size = np.abs(g - w).max(), np.abs(w).max()
+        error, size = np.abs(g - w).max(initial=0), np.abs(w).max(initial=0)
         assert error <= tolerance * size, f"part {e}: error {error} at size {size}"

@@ -1,0 +1,42 @@
+"""Attention and rotary embedding against their formulas."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moejax.layers.attention import attend
+from moejax.layers.rotary import angles, rotate
+
+
+def numpy_attention(q, k, v, visible):
+    """softmax(q k / sqrt(H)) v per head, in float64: the formula."""
+    batch, length, heads, size = q.shape
+    out = np.zeros(q.shape)
+    for b in range(batch):
+        for h in range(heads):
+            g = h // (heads // k.shape[2])
+            for i in range(length):
+                seen = np.flatnonzero(visible[b, i])
+                scores = np.array([q[b, i, h] @ k[b, j, g] for j in seen]) / np.sqrt(size)
+                weights = np.exp(scores - scores.max())
+                out[b, i, h] = (weights / weights.sum()) @ v[b, seen, g]
+    return out
+
+
+def test_attention_is_the_formula():
+    rng = np.random.default_rng(0)
+    q, k, v = rng.normal(size=(2, 5, 6, 4)), rng.normal(size=(2, 7, 3, 4)), rng.normal(size=(2, 7, 3, 4))
+    visible = rng.random((2, 5, 7)) < 0.6
+    visible[:, :, 0] = True
+    got = attend(jnp.float32(q), jnp.float32(k), jnp.float32(v), visible)
+    np.testing.assert_allclose(got, numpy_attention(q, k, v, visible), atol=1e-5)
+
+
+def test_rotary_scores_depend_on_distance_alone():
+    q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 6))
+    def score(i, j):
+        at = lambda x, p: rotate(x, *angles(jnp.array([[p]]), 6, 100.0))  # noqa: E731
+        return float(jnp.sum(at(q, i) * at(k, j)))
+    assert score(7, 3) == pytest.approx(score(14, 10), abs=1e-5)
+    assert score(7, 3) != pytest.approx(score(7, 4), abs=1e-3)

@@ -1,0 +1,142 @@
+"""Laws of expert compute: each row passes its own expert, whatever the grouping, and experts without rows stay out."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import moe_reference as reference
+import numpy as np
+import pytest
+from moe_reference import D, E, F, assert_close, config_of, context, inputs
+
+from moejax.layers.mlp import FeedForward, dropout, gated
+from moejax.moe import experts
+from moejax.moe.layer import mixture
+
+LOADS = {"empty experts": (0, 5, 0, 1, 9, 0, 0), "one takes all": (0, 0, 17, 0, 0, 0, 0), "even": (4,) * E,
+         "nothing": (0,) * E}
+COMPUTES = [("ragged_dot", 1), ("blocked", 1), ("blocked", 4), ("blocked", 16)]
+every_load = pytest.mark.parametrize("load", LOADS)
+every_compute = pytest.mark.parametrize("compute, block_rows", COMPUTES)
+
+
+def grouped(load, compute, block_rows, rows=128):
+    """Rows for a load: sizes padded to the alignment, the expert of each row (or -1), and random rows where used."""
+    step = experts.alignment(compute, block_rows)
+    count_E = np.array(LOADS[load])
+    sizes_E = (-(-count_E // step) * step).astype(np.int32)
+    expert_R = np.full(rows, -1)
+    for e, start in enumerate(np.cumsum(sizes_E) - sizes_E):
+        expert_R[start:start + count_E[e]] = e
+    x_RD = np.random.default_rng(0).normal(size=(rows, D)) * (expert_R >= 0)[:, None]
+    return x_RD.astype(np.float32), sizes_E, expert_R
+
+
+@partial(jax.jit, static_argnums=(5, 6))
+def forward_and_backward(x_RD, sizes_E, w_in, w_out, dy_RD, compute, block_rows):
+    y_RD, pull = jax.vjp(lambda x, w_in, w_out: experts.feed_forward(
+        x, sizes_E, w_in, w_out, compute=compute, block_rows=block_rows), x_RD, w_in, w_out)
+    return y_RD, *pull(dy_RD)
+
+
+@every_load
+@every_compute
+def test_rows_and_all_gradients_equal_a_loop_over_rows(load, compute, block_rows):
+    """Rows beyond the groups give zeros, and an expert without rows a gradient of exactly zero."""
+    given = inputs(1)
+    x_RD, sizes_E, expert_R = grouped(load, compute, block_rows)
+    dy_RD = np.random.default_rng(2).normal(size=x_RD.shape).astype(np.float32)
+    y_RD, dx_RD, d_in, d_out = forward_and_backward(x_RD, sizes_E, given.w_in_ED2F, given.w_out_EFD, dy_RD, compute,
+                                                    block_rows)
+    pairs = [(row, e, 1.0) for row, e in enumerate(expert_R) if e >= 0]
+    want, gradients = reference.experts(x_RD, pairs, given.w_in_ED2F, given.w_out_EFD, dy_RD)
+    assert_close(y_RD, want)
+    assert_close(np.asarray(dx_RD) * (expert_R >= 0)[:, None], gradients["x"])
+    assert_close(d_in, gradients["w_in"], per_expert=True)
+    assert_close(d_out, gradients["w_out"], per_expert=True)
+    assert not np.any(np.asarray(dx_RD)[sizes_E.sum():]), "no gradient beyond the groups"
+
+
+def test_blocks_and_ragged_dot_take_bfloat16_and_sum_in_float32():
+    given = inputs(3)
+    x_RD, sizes_E, expert_R = grouped("even", "blocked", 4)
+    low = [jnp.asarray(a, jnp.bfloat16) for a in (x_RD, given.w_in_ED2F.reshape(E, D, 2 * F))]
+    want = np.where(expert_R[:, None] >= 0, np.einsum("rd,rdf->rf", *(np.asarray(a, np.float64) for a in (
+        low[0], low[1][expert_R]))), 0)
+    for compute in ("blocked", "ragged_dot"):
+        y_RF = jax.jit(experts.grouped_matmul, static_argnums=(3, 4))(*low, sizes_E, compute, 4)
+        assert y_RF.dtype == jnp.bfloat16
+        np.testing.assert_allclose(np.asarray(y_RF, np.float64), want, rtol=2**-7, atol=1e-6)
+
+
+def test_the_weight_gradient_of_many_blocks_does_not_lose_small_terms_in_bfloat16():
+    """1,024 blocks of ones add up to 1,024; a bfloat16 sum would stop growing at 256."""
+    rows = 1024
+    x_RD, w_EDF = jnp.ones((rows, 1), jnp.bfloat16), jnp.ones((1, 1, 1), jnp.bfloat16)
+    sizes_E = jnp.array([rows], jnp.int32)
+    gradient = jax.jit(jax.grad(lambda w: jnp.sum(experts.blocked_matmul(x_RD, w, sizes_E, 1).astype(jnp.float32))))
+    assert gradient(w_EDF) == rows
+
+
+def test_equal_groups_as_plain_einsums_are_the_same_function():
+    given = inputs(4)
+    x_RD, _, expert_R = grouped("even", "ragged_dot", 1, rows=sum(LOADS["even"]))
+    dense = experts.dense_feed_forward(x_RD.reshape(E, -1, D), given.w_in_ED2F, given.w_out_EFD)
+    pairs = [(row, e, 1.0) for row, e in enumerate(expert_R)]
+    want, _ = reference.experts(x_RD, pairs, given.w_in_ED2F, given.w_out_EFD)
+    assert_close(dense.reshape(-1, D), want)
+
+
+def test_one_expert_is_the_dense_feed_forward_layer():
+    given = inputs(5)
+    module = FeedForward(F, 1.0, jnp.float32)
+    x_BLD = given.x_TD[None]
+    variables = {"params": {"w_in": given.w_in_ED2F[0], "w_out": given.w_out_EFD[0]}}
+    want, _ = reference.experts(given.x_TD, [(t, 0, 1.0) for t in range(len(given.x_TD))], given.w_in_ED2F,
+                                given.w_out_EFD)
+    assert_close(module.apply(variables, x_BLD)[0], want)
+
+
+def test_the_gate_is_silu_and_the_other_half_passes():
+    h = np.array([[[0.0, 1.0, -2.0, 30.0], [5.0, 2.0, 3.0, -1.0]]])
+    want = [[0.0, 2 / (1 + np.exp(-1)), -6 / (1 + np.exp(2)), -30.0]]
+    np.testing.assert_allclose(gated(jnp.asarray(h, jnp.float32)), want, rtol=1e-6)
+
+
+def test_auto_takes_blocks_on_cpu_and_only_blocks_need_padding():
+    assert experts.choose_compute("auto") == "blocked" and experts.choose_compute("ragged_dot") == "ragged_dot"
+    assert (experts.alignment("blocked", 8), experts.alignment("ragged_dot", 8)) == (8, 1)
+
+
+def test_dropout_zeroes_a_share_and_keeps_the_mean():
+    x, key = jnp.ones((100, 100), jnp.bfloat16), jax.random.key(0)
+    assert dropout(x, 0.3, None) is x and dropout(x, 0.0, key) is x
+    y = dropout(x, 0.25, key)
+    assert y.dtype == x.dtype
+    np.testing.assert_allclose(np.unique(y.astype(jnp.float32)), [0, 4 / 3], rtol=2**-7)
+    np.testing.assert_allclose(np.mean(np.asarray(y) == 0), 0.25, atol=0.02)
+    np.testing.assert_array_equal(y, dropout(x, 0.25, key))
+    assert np.any(y != dropout(x, 0.25, jax.random.key(1)))
+
+
+def test_dropout_of_everything_gives_zeros_and_a_zero_gradient():
+    value, gradient = jax.value_and_grad(lambda x: jnp.sum(dropout(x, 1.0, jax.random.key(0))))(jnp.ones((2, 3)))
+    assert value == 0
+    np.testing.assert_array_equal(gradient, np.zeros((2, 3)))
+
+
+@pytest.mark.parametrize("dispatch", ["dense", "sort"])
+def test_expert_dropout_acts_on_hidden_units_by_the_key(dispatch):
+    """The mean over many keys is the layer without dropout, and no two keys give the same."""
+    given = inputs(6)
+    config = config_of(dispatch=dispatch, expert_dropout=0.5)
+
+    def run(key):
+        return mixture(config, given.router, {}, given.w_in_ED2F, given.w_out_EFD, given.x_TD, context(given.mask_T),
+                       key)[0]
+
+    y_NTD = np.asarray(jax.jit(jax.vmap(run))(jax.random.split(jax.random.key(0), 1000)), np.float64)
+    plain_TD = np.asarray(jax.jit(lambda: run(None))())
+    error_TD = np.abs(y_NTD.mean(0) - plain_TD) / (y_NTD.std(0) / np.sqrt(1000) + 1e-12)
+    assert error_TD.max() < 5 and np.std(y_NTD, axis=0)[given.mask_T].min() > 0
+    assert not y_NTD[:, ~given.mask_T].any()

@@ -1,0 +1,268 @@
+"""Every router and dispatch on every mesh equals the dense oracle on one device; what cannot be split is refused."""
+
+import functools
+import itertools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import moe_reference as reference
+import numpy as np
+import pytest
+from moe_reference import assert_close, config_of, context
+
+from moejax import axes, sharding
+from moejax import config as configs
+from moejax.config import MeshConfig, UserError
+from moejax.models import transformer
+from moejax.moe.dispatch import DISPATCHERS
+from moejax.moe.layer import choose_dispatcher, mixture
+
+ROWS, LENGTH, VOCAB, E = 8, 6, 12, 8
+MESHES = {
+    "data8": MeshConfig(data=8),
+    "expert8": MeshConfig(data=1, expert=8),
+    "data2 expert4": MeshConfig(data=2, expert=4),
+    "data4 expert2": MeshConfig(data=4, expert=2),
+    "data2 expert2 model2": MeshConfig(data=2, expert=2, model=2),
+    "expert4 context2": MeshConfig(data=1, expert=4, context=2),
+}
+ROUTERS = {
+    "topk": {"router": "topk"},
+    "bias": {"router": "topk", "score": "sigmoid", "bias_rate": 0.01, "capacity_factor": 1.0},
+    "choice in sequences": {"router": "expert_choice"},
+    "choice in the batch": {"router": "expert_choice", "routing_group": "global"},
+    "hash": {"router": "hash"},
+}
+FAST = {
+    ("data8", "topk", "sort"),
+    ("expert8", "bias", "all_gather"),
+    ("data2 expert4", "choice in the batch", "all_gather"),
+    ("data4 expert2", "hash", "dense"),
+    ("data2 expert2 model2", "topk", "all_gather"),
+    ("data2 expert2 model2", "bias", "sort"),
+    ("expert4 context2", "choice in sequences", "all_gather"),
+}
+"""A subset that holds every mesh, router and dispatch."""
+
+
+def local(router):
+    return router != "choice in the batch"
+
+
+CASES = [pytest.param(*case, marks=[] if case in FAST else pytest.mark.slow)
+         for case in itertools.product(MESHES, ROUTERS, DISPATCHERS) if case[2] != "sort" or local(case[1])]
+
+
+def config_for(router, dispatch, **changes):
+    tree = configs.default()
+    tree.model.update(dict(vocab_size=VOCAB, embed=16, heads=4, kv_heads=2, head_dim=4, ffn=10, layers=1,
+                           max_length=LENGTH))
+    tree.data.length = LENGTH
+    tree.moe.update(dict(num_experts=E, block_rows=4, allow_noncausal_routing=True, dispatch=dispatch) | ROUTERS[router]
+                    | changes)
+    return configs.build(tree)
+
+
+def batch_and_state(config):
+    """Rows with padding at different places and one row of nothing else; a bias that leaves expert 7 without tokens.
+
+    No token repeats in a row: two equal first tokens have equal vectors, and rounding would decide between them.
+    """
+    rng = np.random.default_rng(0)
+    tokens_BL = np.stack([rng.permutation(VOCAB)[:LENGTH] for _ in range(ROWS)]).astype(np.int32)
+    segments_BL = np.ones((ROWS, LENGTH), np.int32)
+    segments_BL[0, 4:] = segments_BL[2, 5:] = segments_BL[5] = 0
+    positions_BL = np.tile(np.arange(LENGTH, dtype=np.int32), (ROWS, 1))
+    state = jax.tree.map(lambda bias: bias + np.linspace(0.5, -2.0, E, dtype=np.float32),
+                         transformer.initial_router_state(config.model, config.moe))
+    return tokens_BL, positions_BL, segments_BL, state
+
+
+@functools.cache
+def parameters():
+    config = config_for("topk", "dense")
+    variables = jax.jit(transformer.build(config).init)(jax.random.key(0), *batch_and_state(config))
+    return jax.tree.map(np.asarray, nn.meta.unbox(variables["params"]))
+
+
+def parameters_for(router):
+    params = dict(parameters())
+    if router == "hash":
+        stack = params["stack_0"]["block_0"]
+        moe = {name: value for name, value in stack["moe"].items() if not name.startswith("router")}
+        params["stack_0"] = {"block_0": {**stack, "moe": moe}}
+    return params
+
+
+def loss_and_gradients(router, dispatch):
+    config = config_for(router, dispatch)
+    module, batch = transformer.build(config), batch_and_state(config)
+
+    def loss(params):
+        out = module.apply({"params": params}, *batch, train=True)
+        log_probs_BLV = jax.nn.log_softmax(out.logits_BLV)
+        own_BL = jnp.take_along_axis(log_probs_BLV, batch[0][..., None], axis=2)[..., 0]
+        records = transformer.in_order(out.records)
+        return -jnp.mean(own_BL * (batch[2] > 0)) + sum(sum(record.losses.values()) for record in records), records
+
+    return jax.device_get(jax.jit(jax.value_and_grad(loss, has_aux=True))(parameters_for(router)))
+
+
+@functools.cache
+def oracle(router):
+    return loss_and_gradients(router, "dense")
+
+
+@pytest.mark.parametrize("mesh, router, dispatch", CASES)
+def test_loss_and_every_gradient_on_a_mesh_equal_the_dense_oracle_on_one_device(mesh, router, dispatch):
+    (want_loss, want_records), want = oracle(router)
+    with jax.set_mesh(sharding.make_mesh(MESHES[mesh])):
+        (loss, records), gradients = loss_and_gradients(router, dispatch)
+    np.testing.assert_allclose(loss, want_loss, rtol=1e-6)
+    for record, want_record in zip(records, want_records, strict=True):
+        jax.tree.map(np.testing.assert_array_equal, record.load.assigned_E, want_record.load.assigned_E)
+        jax.tree.map(np.testing.assert_array_equal, record.load.kept_E, want_record.load.kept_E)
+        assert record.load.tokens == want_record.load.tokens
+        assert router != "bias" or record.load.assigned_E[-1] == 0, "an expert must be empty"
+
+    def compare(path, got, wanted):
+        per_expert = path[-1].key in ("w_in", "w_out")
+        got, wanted = (got[0], wanted[0]) if per_expert else (got, wanted)
+        assert_close(got, wanted, per_expert=per_expert)
+
+    jax.tree_util.tree_map_with_path(compare, gradients, want)
+
+
+def lone_layer(config, tokens, sequences):
+    rng = np.random.default_rng(1)
+    experts, width, hidden = config.num_experts, 5, 4
+    shapes = {"x": (tokens, width), "router": (width, experts), "w_in": (experts, width, 2, hidden),
+              "w_out": (experts, hidden, width)}
+    x, router, w_in, w_out = (rng.normal(size=shape).astype(np.float32) for shape in shapes.values())
+    where = context(np.ones(tokens, bool), sequences=sequences)
+    return jax.jit(mixture, static_argnums=0)(config, {"w_DE": router}, {}, w_in, w_out, x, where, None)[0]
+
+
+@pytest.mark.parametrize("mesh, group, rows, length, experts", [
+    (MeshConfig(data=8), "global", 8, 5, 6), (MeshConfig(data=4, context=2), "sequence", 4, 14, 3)])
+def test_a_list_whose_length_the_devices_do_not_divide_works_too(mesh, group, rows, length, experts):
+    """The number of pairs that experts choose follows from experts and capacity, not from the mesh."""
+    def output(dispatch):
+        config = config_of("expert_choice", num_experts=experts, experts_per_token=1, routing_group=group,
+                           dispatch=dispatch)
+        return np.asarray(lone_layer(config, rows * length, rows))
+
+    want_TD = output("dense")
+    with jax.set_mesh(sharding.make_mesh(mesh)):
+        assert_close(output("all_gather"), want_TD)
+
+
+def test_ragged_dot_on_a_mesh_equals_the_oracle():
+    want_TD = lone_layer(config_of(num_experts=E, dispatch="dense"), 48, 8)
+    with jax.set_mesh(sharding.make_mesh(MESHES["data2 expert2 model2"])):
+        assert_close(lone_layer(config_of(num_experts=E, dispatch="all_gather", compute="ragged_dot"), 48, 8), want_TD)
+
+
+def test_sort_refuses_a_list_that_names_tokens_of_other_devices():
+    with jax.set_mesh(sharding.make_mesh(MESHES["data8"])):
+        with pytest.raises(UserError, match="config.moe.dispatch=sort cannot reach the tokens of other devices"):
+            choose_dispatcher("sort", local=False)
+
+
+@pytest.mark.parametrize("mesh, local, chosen", [
+    ("data8", True, "sort"), ("data8", False, "all_gather"), ("data4 expert2", True, "all_gather")])
+def test_auto_gathers_only_if_experts_or_the_tokens_of_a_list_are_elsewhere(mesh, local, chosen):
+    with jax.set_mesh(sharding.make_mesh(MESHES[mesh])):
+        assert choose_dispatcher("auto", local) is DISPATCHERS[chosen]
+
+
+def test_balance_over_shards_is_the_mean_over_the_parts_of_the_batch_on_each_device():
+    """Without attention the router sees the normed embedding, so numpy can follow. The last shard is all padding."""
+    config = config_for("topk", "dense", balance_scope="shard")
+    tokens_BL, positions_BL, segments_BL, state = batch_and_state(config)
+    segments_BL[6:] = 0
+    params = jax.tree.map(np.copy, parameters())
+    block = params["stack_0"]["block_0"]
+    block["attention"]["w_o"][:] = 0
+    with jax.set_mesh(sharding.make_mesh(MESHES["data2 expert2 model2"])):
+        out = jax.jit(transformer.build(config).apply)({"params": params}, tokens_BL, positions_BL, segments_BL, state)
+    x_TD = params["embedding"]["table"][tokens_BL.reshape(-1)].astype(np.float64)
+    x_TD = x_TD / np.sqrt(np.mean(x_TD**2, axis=1, keepdims=True) + config.model.norm_eps)
+    logits_TE, mask_T = reference.logits(x_TD, block["moe"]["router_w_DE"][0]), (segments_BL > 0).reshape(-1)
+    count_TE, _ = reference.topk_matrix(logits_TE, mask_T, 2, "softmax", True)
+    want = {parts: reference.balance_loss(logits_TE, count_TE, mask_T, "softmax", parts) for parts in (1, 4, 8)}
+    assert len({round(value, 3) for value in want.values()}) == 3
+    [record] = transformer.in_order(out.records)
+    np.testing.assert_allclose(record.losses["balance"], want[4], rtol=1e-5)
+
+
+def shapes_and_names(router):
+    config = config_for(router, "dense")
+    variables = jax.eval_shape(transformer.build(config).init, jax.random.key(0), *batch_and_state(config))["params"]
+    return nn.meta.unbox(variables), jax.tree.map(tuple, nn.get_partition_spec(variables), is_leaf=sharding.is_axes)
+
+
+def test_parameters_lie_where_the_rules_say():
+    shapes, names = shapes_and_names("topk")
+    mesh = sharding.make_mesh(MESHES["data2 expert2 model2"])
+    sharding.validate(shapes, names, mesh)
+    placed = jax.tree.map(jax.device_put, parameters(), sharding.shardings(names, mesh))
+    moe = placed["stack_0"]["block_0"]["moe"]
+    assert {shard.data.shape for shard in moe["w_in"].addressable_shards} == {(1, E // 2, 16 // 2, 2, 10 // 2)}
+    assert {shard.data.shape for shard in moe["w_out"].addressable_shards} == {(1, E // 2, 10 // 2, 16 // 2)}
+
+
+def test_what_a_mesh_cannot_divide_is_refused_with_the_name_of_the_parameter():
+    shapes, names = shapes_and_names("topk")
+    shapes["stack_0"]["block_0"]["moe"]["w_in"] = jax.ShapeDtypeStruct((1, 6, 16, 2, 10), jnp.float32)
+    with pytest.raises(UserError, match="stack_0/block_0/moe/w_in: dimension experts=6 .* expert of size 4"):
+        sharding.validate(shapes, names, sharding.make_mesh(MESHES["data2 expert4"]))
+
+
+WRONG_AXES = pytest.mark.parametrize("wrong, complaint", [
+    (("expert", "embed"), "unknown logical axis 'expert' .did you mean experts"), (("embed", "batch"), "twice")])
+
+
+@WRONG_AXES
+def test_an_unknown_logical_axis_and_a_mesh_axis_used_twice_are_refused(wrong, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        sharding.spec(wrong)
+
+
+@WRONG_AXES
+def test_validation_names_the_parameter_whose_axes_are_wrong(wrong, complaint):
+    shapes = {"layer": {"w": jax.ShapeDtypeStruct((8, 8), jnp.float32)}}
+    with pytest.raises((UserError, ValueError), match=f"layer/w.*{complaint}"):
+        sharding.validate(shapes, {"layer": {"w": wrong}}, sharding.make_mesh(MESHES["data8"]))
+
+
+def test_rules_cover_the_legend_and_a_spec_names_all_axes_of_a_dimension():
+    assert set(sharding.RULES) == set(axes.LOGICAL_AXES)
+    assert {axis for split in sharding.RULES.values() for axis in split} == set(axes.MESH_AXES)
+    assert sharding.spec(("batch", "length", None)) == jax.sharding.PartitionSpec(axes.BATCH_AXES, ("context",), None)
+
+
+def test_constrain_splits_an_array_or_raises_and_does_nothing_without_a_mesh():
+    x_BLD = jnp.zeros((4, 6, 3))
+    assert sharding.constrain(x_BLD, "batch", "length", None) is x_BLD
+    with jax.set_mesh(sharding.make_mesh(MESHES["data2 expert2 model2"])):
+        split = jax.jit(lambda x: sharding.constrain(x, "batch", "length", None))(x_BLD)
+        assert {shard.data.shape for shard in split.addressable_shards} == {(1, 6, 3)}
+        with pytest.raises(ValueError, match="cannot be split"):
+            jax.jit(lambda x: sharding.constrain(x, None, "batch", None))(x_BLD)
+        with pytest.raises(ValueError, match="unknown logical axis 'batches'"):
+            jax.jit(lambda x: sharding.constrain(x, "batches", None, None))(x_BLD)
+
+
+@pytest.mark.parametrize("wrong, complaint", [
+    (MeshConfig(data=3), "needs 3 devices, but there are 8"),
+    (MeshConfig(data=-1, expert=-1), "only one axis may be -1"),
+    (MeshConfig(data=-1, expert=3), "config.mesh.data=-1 has no value"), (MeshConfig(data=0), "size 0")])
+def test_a_mesh_that_does_not_fit_the_devices_is_refused(wrong, complaint):
+    with pytest.raises(UserError, match=complaint):
+        sharding.make_mesh(wrong)
+
+
+def test_minus_one_takes_the_devices_that_are_left_and_all_axes_stay():
+    assert dict(sharding.make_mesh(MeshConfig(expert=2)).shape) == dict(replica=1, data=4, expert=2, model=1, context=1)

@@ -1,0 +1,66 @@
+"""Configs: typed, checked once, few keys, documented."""
+
+import dataclasses
+import pathlib
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moejax import config as config_lib
+from moejax.config import Config, UserError, build, default
+
+
+def test_fewer_than_a_hundred_keys_and_each_says_what_it_is():
+    fields = config_lib.fields()
+    assert len(fields) < 100
+    assert all(field.metadata["help"] for field in fields.values())
+
+
+def test_default_builds_to_the_defaults_and_json_round_trips():
+    assert build(default()) == Config()
+    assert build(config_lib.to_dict(Config())) == Config()
+
+
+@pytest.mark.parametrize("tree, message", [
+    ({"model": {"layrs": 1}}, r"config\.model\.layrs \(did you mean layers\?\)"),
+    ({"modle": {}}, r"config\.modle \(did you mean model\?\)"),
+    ({"model": {"layers": 2.5}}, r"config\.model\.layers=2\.5 must be of type int"),
+    ({"model": {"layers": True}}, "must be of type int"),
+    ({"model": 3}, "group of keys"),
+    ({"moe": {"score": "sofmax"}}, r"one of softmax, sigmoid \(did you mean softmax\?\)"),
+    ({"model": {"dropout": 1.5}}, "at most 1"),
+    ({"train": {"steps": 0}}, "at least 1"),
+    ({"model": {"heads": 6, "kv_heads": 4}}, "does not divide"),
+    ({"moe": {"experts_per_token": 9}}, "more than config.moe.num_experts=8"),
+    ({"moe": {"experts_per_token": 1}}, "no gradient; set config.moe.renormalize=False"),
+    ({"data": {"length": 2000}}, "max_length=1024"),
+    ({"train": {"microbatches": 3}}, "does not divide"),
+    ({"train": {"microbatches": 2}, "moe": {"balance_scope": "shard"}}, "global or sequence"),
+    ({"train": {"microbatches": 2}, "moe": {"routing_group": "global", "capacity_factor": 1.0}}, "cannot be split"),
+])
+def test_what_cannot_be_is_refused_in_one_line(tree, message):
+    with pytest.raises(UserError, match=message) as error:
+        build(tree)
+    assert "\n" not in str(error.value)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.recursive(st.none() | st.booleans() | st.integers(-5, 5) | st.floats() | st.text(max_size=5), lambda inner:
+                    st.dictionaries(st.sampled_from([*config_lib.fields(), "model", "moe", "layers", "steps", "x"]),
+                                    inner, max_size=3), max_leaves=6).filter(lambda tree: isinstance(tree, dict)))
+def test_no_tree_raises_anything_but_a_user_error(tree):
+    try:
+        assert isinstance(build(tree), Config)
+    except UserError as error:
+        assert "\n" not in str(error)
+
+
+def test_changed_keys_are_told_apart():
+    new = dataclasses.replace(Config(), seed=3, train=dataclasses.replace(Config().train, steps=7))
+    assert config_lib.changed(Config(), new) == (["seed"], ["train.steps"])
+
+
+def test_the_page_of_keys_is_up_to_date():
+    page = pathlib.Path(__file__).parent.parent / "docs" / "config.md"
+    assert config_lib.table() in page.read_text(), "run: python -m moejax.config, and paste the table into docs/config.md"

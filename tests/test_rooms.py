@@ -1,0 +1,97 @@
+"""Who may import whom: the architecture, read from the imports."""
+
+import ast
+import pathlib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+LEAVES = {"axes", "config", "moe.types"}
+MAY_IMPORT = {
+    "axes": set(),
+    "config": set(),
+    "moe.types": set(),
+    "sharding": set(),
+    "layers": {"sharding"},
+    "moe.balance": set(),
+    "moe.capacity": set(),
+    "moe.routing": {"moe.balance"},
+    "moe.dispatch": {"sharding"},
+    "moe.experts": {"sharding", "layers"},
+    "moe.layer": {"sharding", "moe.balance", "moe.capacity", "moe.routing", "moe.dispatch", "moe.experts"},
+    "models": {"sharding", "layers", "moe.layer", "moe.routing"},
+    "objectives": set(),
+    "metrics": set(),
+    "data": set(),
+    "checkpoint": {"sharding"},
+    "evaluation": {"models", "checkpoint", "sharding", "metrics"},
+    "generation": {"models", "checkpoint", "layers", "moe.routing"},
+    "train.optimizer": {"sharding"},
+    "train.state": {"sharding"},
+    "train.step": {"objectives", "train.optimizer", "train.state"},
+    "train": {"sharding", "models", "moe.routing", "objectives", "data", "checkpoint", "evaluation", "metrics"},
+    "commands": {"checkpoint", "data", "evaluation", "generation", "metrics", "train"},
+    "main": {"commands", "train"},
+    "moejax": {"evaluation", "generation"},
+}
+"""Room -> rooms that it may import, beside itself and the leaves, which all may import."""
+
+
+def modules() -> dict[str, pathlib.Path]:
+    names = {}
+    for path in sorted((ROOT / "moejax").rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        names[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return names
+
+
+def room(module: str) -> str:
+    """The longest name in the table that the module is or lies in."""
+    inner = module.removeprefix("moejax").removeprefix(".") or "moejax"
+    while inner not in MAY_IMPORT:
+        assert "." in inner, f"{module} belongs to no room: add it to the table"
+        inner = inner.rsplit(".", 1)[0]
+    return inner
+
+
+def imports(path: pathlib.Path, known: set[str]) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found |= {full if (full := f"{node.module}.{alias.name}") in known else node.module for alias in node.names}
+    return {name for name in found if name.split(".")[0] == "moejax"}
+
+
+@pytest.mark.parametrize("module", modules())
+def test_imports_point_one_way(module):
+    here = room(module)
+    allowed = MAY_IMPORT[here] | LEAVES | {here}
+    for imported in imports(modules()[module], set(modules())):
+        other = room(imported) if imported in modules() or imported == "moejax" else room(imported.rsplit(".", 1)[0])
+        if here == "train" and other.startswith("train"):
+            continue
+        if other == "moejax" and here != "moejax":
+            continue  # `from moejax import room` names the package; the room itself is looked up on its own
+        assert other in allowed, f"{module} ({here}) imports {imported} ({other})"
+
+
+def test_a_wrong_import_is_seen(tmp_path):
+    (tmp_path / "wrong.py").write_text("from moejax.train import loop\nfrom moejax import main\n")
+    assert imports(tmp_path / "wrong.py", set(modules())) == {"moejax.train.loop", "moejax.main"}
+
+
+def test_nothing_imports_experiments_launch_or_tests():
+    for path in (ROOT / "moejax").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else (
+                [node.module] if isinstance(node, ast.ImportFrom) else [])
+            assert not {name.split(".")[0] for name in names} & {"experiments", "launch", "tests"}, path
+
+
+def test_files_are_short():
+    long = {str(path): n for path in (ROOT / "moejax").rglob("*.py")
+            if (n := len(path.read_text().splitlines())) > 400}
+    assert not long
