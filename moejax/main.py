@@ -21,6 +21,8 @@ from moejax.config import Config, UserError, check, nearest
 
 MODES = ("train", "eval", "generate", "benchmark")
 CONFIG_PREFIX = "config."
+INTERRUPTED = 130
+"""The exit status after Ctrl-C, as shells have it."""
 
 HELP = """\
 usage: python -m moejax.main --config=FILE[:ARGUMENT] --workdir=DIR [--mode=MODE] [--config.KEY=VALUE ...] [FLAG ...]
@@ -235,9 +237,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         print("moejax: interrupted; nothing that was saved is lost, and the same command goes on", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if status == INTERRUPTED:  # a step may still be running, and jax crashes when Python is taken down around it
+        sys.stdout.flush()
+        os._exit(status)
+    sys.exit(status)

@@ -5,8 +5,12 @@ import os
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = "cpu"
 
+import jax
 import pytest
 from absl import flags
+
+# Nearly all the time of the tests is compiling; they run as well without the optimisations that take longest.
+jax.config.update("jax_disable_most_optimizations", True)
 
 flags.FLAGS.mark_as_parsed()
 

@@ -19,8 +19,8 @@ def tiny_config(**changes) -> Config:
     tree.optimizer.update(dict(learning_rate=1e-2, warmup_steps=3))
     tree.train.update(dict(steps=20))
     for name, value in changes.items():
-        group, _, key = name.partition("__")
-        tree[group][key] = value
+        group, _, key = name.rpartition("__")
+        (tree[group] if group else tree)[key] = value
     return config_lib.build(tree)
 
 

@@ -4,7 +4,6 @@ What a prompt yields depends on the prompt, its number among equal prompts of th
 on its neighbours, its row or its padding (up to the rounding of sums, which may differ between array shapes).
 """
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -118,14 +117,6 @@ def bucket(count: int, most: int) -> int:
     return max(count, min(most, max(16, 1 << max(count - 1, 0).bit_length())))
 
 
-def one_token_model(model: Transformer, rows: int) -> Transformer:
-    """The same model with blocks of expert rows that fit one token a row; those of training would be mostly empty."""
-    moe = model.moe
-    mean = max(1, rows * moe.experts_per_token // moe.num_experts)
-    block_rows = min(moe.block_rows, 1 << (mean - 1).bit_length())
-    return model.clone(moe=dataclasses.replace(moe, block_rows=block_rows))
-
-
 class Progress(NamedTuple):
     """What one step of the loop hands to the next.
 
@@ -168,7 +159,6 @@ def decode(model: Transformer, params: Mapping[str, Any], tokens_BL: Array, mask
     """
     batch, length = tokens_BL.shape
     vocab_size = model.model.vocab_size
-    token_model = one_token_model(model, batch)
     keys_B = sampling.row_keys(digests_B2)
     row_B = jnp.arange(batch)
     positions_BL = jnp.maximum(jnp.cumsum(mask_BL, axis=1, dtype=jnp.int32) - 1, 0)
@@ -179,7 +169,7 @@ def decode(model: Transformer, params: Mapping[str, Any], tokens_BL: Array, mask
     def take_step(now: Progress) -> Progress:
         # A row that ended reads padding from here on, so it weighs on no expert.
         logits_BLV, memory = cache.extend(
-            token_model, params, now.memory, now.token_B[:, None], positions_BL[:, -1:] + now.step,
+            model, params, now.memory, now.token_B[:, None], positions_BL[:, -1:] + now.step,
             ~now.done_B[:, None], at=length - 1 + now.step)
         logits_BV = sampling.penalise_repetition(logits_BLV[:, 0], now.seen_BV, settings.repetition_penalty)
         step_keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, now.step)

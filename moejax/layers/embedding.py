@@ -33,7 +33,9 @@ class Embedding(nn.Module):
 
     def __call__(self, tokens_BL: Array) -> Array:
         """Vectors of the tokens, [B, L, D]."""
-        return sharding.constrain(self.table_VD[tokens_BL].astype(self.dtype), "batch", "length", None)
+        # Gathered over the data axis first, as FSDP does: else the partitioner replicates the activations.
+        table_VD = sharding.constrain(self.table_VD, "vocab", None)
+        return sharding.constrain(table_VD[tokens_BL].astype(self.dtype), "batch", "length", None)
 
     def logits(self, x_BLD: Array) -> Array:
         """Scores over the vocabulary, float32 [B, L, V]."""

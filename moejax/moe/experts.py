@@ -47,6 +47,11 @@ def choose_compute(compute: str) -> str:
     return "blocked" if jax.default_backend() == "cpu" else "ragged_dot"
 
 
+def fit_block(block_rows: int, pairs: int, num_experts: int) -> int:
+    """Rows of a block for a list of this length: no more than the power of two above an expert's mean share."""
+    return min(block_rows, 1 << (max(1, pairs // num_experts) - 1).bit_length())
+
+
 def alignment(compute: str, block_rows: int) -> int:
     """Rows to which every group must be padded."""
     return block_rows if compute == "blocked" else 1

@@ -26,12 +26,12 @@ def mixture(config: MoEConfig, router_parameters: Mapping[str, Array], state: Ma
 
     def on_device(x_TD: Array, assignments: Assignments, w_in_ED2F: Array, w_out_EFD: Array, key: Array | None) -> Array:
         compute = experts.choose_compute(config.compute)
-        plan = dispatcher.plan(assignments, x_TD.shape[0], w_in_ED2F.shape[0],
-                               experts.alignment(compute, config.block_rows))
+        block_rows = experts.fit_block(config.block_rows, assignments.expert_N.shape[0], w_in_ED2F.shape[0])
+        plan = dispatcher.plan(assignments, x_TD.shape[0], w_in_ED2F.shape[0], experts.alignment(compute, block_rows))
         rows = dispatcher.dispatch(x_TD, plan)
         if dispatcher.manual:
             rows = experts.feed_forward(rows, plan.sizes_E, w_in_ED2F, w_out_EFD, compute=compute,
-                                        block_rows=config.block_rows, dropout_rate=config.expert_dropout, key=key)
+                                        block_rows=block_rows, dropout_rate=config.expert_dropout, key=key)
         else:
             rows = experts.dense_feed_forward(rows, w_in_ED2F, w_out_EFD, config.expert_dropout, key)
         return dispatcher.combine(rows, plan)

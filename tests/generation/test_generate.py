@@ -37,15 +37,6 @@ def make(moe, layers=4):
     return model, {"params": params, "router": state}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """These laws are about moejax, not about XLA's optimisations, which take most of the time."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 @pytest.fixture(scope="module")
 def sparse():
     return make(SPARSE)

@@ -15,11 +15,12 @@ from moejax.train.state import TrainState
 from moejax.train.step import gradients, train_step
 
 ONE = {"mesh__data": 1}
+SMALL = {"model__layers": 1, "moe__first_dense": 0}
 
 
 def fresh(config):
     """Functions, optimizer and a state whose arrays live on the host."""
-    model, params, router_state = tiny_model(config)
+    model, params, router_state = tiny_model(config, seed=config.seed)
     _, logical = transformer.abstract_params(model)
     optimizer = make_optimizer(config.optimizer, config.train.steps, logical)
     state = TrainState(np.int32(0), params, optimizer.init(params), router_state, jax.random.PRNGKey(0))
@@ -27,50 +28,47 @@ def fresh(config):
 
 
 @pytest.mark.parametrize("changes", [
-    {}, {"moe__balance_scope": "sequence"}, {"moe__capacity_factor": 0.7}, {"moe__bias_rate": 0.1},
-    {"moe__router": "hash"}, {"train__label_smoothing": 0.1, "train__head_z_weight": 0.01}])
+    {"moe__capacity_factor": 0.7, "moe__bias_rate": 0.1},
+    {"moe__balance_scope": "sequence", "train__label_smoothing": 0.1, "train__head_z_weight": 0.01},
+    {"moe__router": "hash"}], ids=str)
 def test_micro_batches_add_up_to_the_big_batch(changes):
-    """Uneven sequences, auxiliary losses with large weights: gradients, losses and loads of 1, 2 and 8 parts agree."""
-    config = tiny_config(moe__balance_weight=0.5, moe__z_weight=0.1, **changes)
+    """Uneven sequences, auxiliary losses with large weights: gradients, losses and loads of 1 and 4 parts agree."""
+    config = tiny_config(**SMALL, moe__balance_weight=0.5, moe__z_weight=0.1, **changes)
     functions, _, state = fresh(config)
     batch = tiny_batch(config)
-    results = [jax.jit(partial(gradients, functions, parts=parts))(state, batch) for parts in (1, 2, 8)]
-    for grads, means, records in results[1:]:
-        assert max(relative_errors(grads, results[0][0]).values()) < 1e-5
-        assert max(relative_errors(means, results[0][1]).values()) < 1e-6
-        assert max(relative_errors(records, results[0][2]).values()) < 1e-5
+    whole, split = (jax.jit(partial(gradients, functions, parts=parts))(state, batch) for parts in (1, 4))
+    assert max(relative_errors(split[0], whole[0]).values()) < 1e-5
+    assert max(relative_errors(split[1], whole[1]).values()) < 1e-6
+    assert max(relative_errors(split[2], whole[2]).values()) < 1e-5
 
 
 def test_the_balance_loss_of_global_scope_needs_the_whole_load():
     """Without the extra pass the parts would not add up: the test above can fail."""
-    config = tiny_config(moe__balance_weight=0.5)
+    config = tiny_config(**SMALL, moe__balance_weight=0.5)
     functions, _, state = fresh(config)
     batch = tiny_batch(config)
     whole, split = (jax.jit(partial(gradients, functions._replace(loads=None), parts=parts))(state, batch)[0]
-                    for parts in (1, 8))
+                    for parts in (1, 4))
     assert max(relative_errors(split, whole).values()) > 1e-3
 
 
 def test_the_bias_moves_once_a_step_by_the_whole_batch():
     config = tiny_config(moe__bias_rate=0.1, train__remat="full")
-    for parts in (1, 4):
-        functions, optimizer, state = fresh(config)
-        step = jax.jit(partial(train_step, functions, optimizer, parts))
-        new, _, records = step(state, tiny_batch(config))
-        for layer, record in enumerate(transformer.in_order(records)):
-            assigned = np.asarray(record.load.assigned_E)
-            assert assigned.sum() == 2 * (tiny_batch(config)["segments"] > 0).sum()
-            bias = new.router_state["stack_1"]["block_0"]["bias_E"][layer]
-            np.testing.assert_allclose(bias, 0.1 * np.sign(assigned.mean() - assigned), atol=1e-7)
+    functions, optimizer, state = fresh(config)
+    new, _, records = jax.jit(partial(train_step, functions, optimizer, 4))(state, tiny_batch(config))
+    for layer, record in enumerate(transformer.in_order(records)):
+        assigned = np.asarray(record.load.assigned_E)
+        assert assigned.sum() == 2 * (tiny_batch(config)["segments"] > 0).sum()
+        bias = new.router_state["stack_1"]["block_0"]["bias_E"][layer]
+        np.testing.assert_allclose(bias, 0.1 * np.sign(assigned.mean() - assigned), atol=1e-7)
 
 
 def test_every_expert_and_router_learns():
-    config = tiny_config()
+    config = tiny_config(**SMALL)
     functions, _, state = fresh(config)
-    grads = jax.jit(partial(gradients, functions, parts=1))(state, tiny_batch(config))[0]["stack_1"]["block_0"]["moe"]
-    for layer in range(2):
-        assert np.abs(grads["router_w_DE"][layer]).max() > 0
-        assert (np.abs(grads["w_in"][layer]).max(axis=(1, 2, 3)) > 0).all()
+    grads = jax.jit(partial(gradients, functions, parts=1))(state, tiny_batch(config))[0]["stack_0"]["block_0"]["moe"]
+    assert np.abs(grads["router_w_DE"]).max() > 0
+    assert (np.abs(grads["w_in"]).max(axis=(0, 2, 3, 4)) > 0).all()
 
 
 def losses_on(config, steps=20):
@@ -87,7 +85,7 @@ def losses_on(config, steps=20):
         return jax.device_get(found), jax.device_get(state.params)
 
 
-SIZES = {"model__embed": 16, "model__vocab_size": 38, "moe__num_experts": 8, "moe__ffn": 12, "moe__bias_rate": 0.01,
+SIZES = {"model__embed": 16, "model__vocab_size": 38, "seed": 1, "moe__num_experts": 8, "moe__ffn": 12, "moe__bias_rate": 0.01,
          "moe__first_dense": 1, "optimizer__learning_rate": 3e-3, "train__steps": 20, "data__batch_size": 8,
          "optimizer__eps": 1e-4}  # a larger eps: near 1e-8 Adam turns rounding of zero gradients into full steps
 
@@ -104,6 +102,8 @@ def single():
 @pytest.mark.parametrize("mesh", [
     {"data": 8}, {"expert": 8, "data": 1}, {"data": 2, "expert": 4}, {"data": 2, "expert": 2, "model": 2}], ids=str)
 def test_meshes_train_to_the_same_losses(single, mesh):
+    """Meant for runs without near-ties: where two scores of a token differ by rounding alone, its expert may differ too,
+    and the runs part (with seed 0 of the parameters one pair in 4,480 does). The loads show that here none does."""
     (wanted, _), (got, _) = single, losses_on(tiny_config(**SIZES, **{f"mesh__{k}": v for k, v in mesh.items()}))
     for (a, a_norm, a_load), (b, b_norm, b_load) in zip(got, wanted, strict=True):
         assert float(a) == pytest.approx(float(b), rel=1e-5)
