@@ -83,15 +83,20 @@ def validate(shapes: Any, logical: Any, mesh: Mesh) -> None:
 
     Raises:
       UserError: a dimension that the mesh does not divide; the message names the parameter, dimension and mesh axes.
+      ValueError: an unknown logical axis, or one mesh axis for two dimensions; the message names the parameter.
     """
     flat_logical = jax.tree.leaves(logical, is_leaf=is_axes)
     for (path, shape), names in zip(jax.tree_util.tree_leaves_with_path(shapes), flat_logical, strict=True):
-        spec(names)
+        parameter = f"parameter {jax.tree_util.keystr(path, simple=True, separator='/')}"
+        try:
+            spec(names)
+        except ValueError as error:
+            raise ValueError(f"{parameter}: {error}") from None
         for length, name in zip(shape.shape, names, strict=True):
             split = RULES[name] if name else ()
             if length % size(mesh, split):
-                raise UserError(f"parameter {jax.tree_util.keystr(path, simple=True, separator='/')}: dimension {name}="
-                                f"{length} cannot be split over mesh axis {', '.join(split)} of size {size(mesh, split)}")
+                raise UserError(f"{parameter}: dimension {name}={length} cannot be split over mesh axis {', '.join(split)} "
+                                f"of size {size(mesh, split)}")
 
 
 def current_mesh() -> Any:

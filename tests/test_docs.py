@@ -44,7 +44,7 @@ def test_commands_name_what_exists():
             if name.startswith("config."):
                 assert name.removeprefix("config.") in config_lib.fields(), (page, argument)
             else:
-                assert name in main.FLAGS, (page, argument)
+                assert name in main.define_flags(), (page, argument)
             if name == "config":
                 assert (ROOT / value).is_file(), (page, argument)
             if name == "mode":

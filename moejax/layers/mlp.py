@@ -17,6 +17,8 @@ def dropout(x: Array, rate: float, key: Array | None) -> Array:
     """Inverted dropout of any array; nothing without a key or at rate 0."""
     if key is None or rate == 0:
         return x
+    if rate == 1:
+        return jnp.zeros_like(x)
     return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0).astype(x.dtype)
 
 

@@ -1,5 +1,6 @@
 """The Transformer: embedding, stacks of pre-norm blocks with dense or sparse feed-forward layers, head."""
 
+from functools import partial
 from typing import Any, Mapping
 
 import flax.linen as nn
@@ -195,17 +196,22 @@ def build(config: Config) -> Transformer:
 
 def abstract_params(model: Transformer) -> tuple[Any, Any]:
     """Shapes of a model's parameters and, in a tree of the same structure, their logical axes."""
-    row = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    boxed = jax.eval_shape(model.init, jax.random.key(0), row, row, row,
-                           initial_router_state(model.model, model.moe))["params"]
+    boxed = jax.eval_shape(partial(boxed_params, model), jax.random.key(0))
     names = jax.tree.map(tuple, nn.get_partition_spec(boxed), is_leaf=lambda p: isinstance(p, PartitionSpec))
     return nn.meta.unbox(boxed), names
 
 
 def initial_params(model: Transformer, key: Array) -> Any:
     """Random float32 parameters."""
-    row = jnp.zeros((1, 1), jnp.int32)
-    return nn.meta.unbox(model.init(key, row, row, row, initial_router_state(model.model, model.moe))["params"])
+    return nn.meta.unbox(boxed_params(model, key))
+
+
+def boxed_params(model: Transformer, key: Array) -> Any:
+    """Random parameters with their logical axes around them, from the smallest batch that the mesh can split."""
+    mesh = sharding.current_mesh()
+    shape = (1, 1) if mesh is None else (sharding.size(mesh, axes.BATCH_AXES), sharding.size(mesh, (axes.CONTEXT,)))
+    tokens = jnp.zeros(shape, jnp.int32)
+    return model.init(key, tokens, tokens, tokens, initial_router_state(model.model, model.moe))["params"]
 
 
 def visibility(segments_BL: Array, cached_segments_BS: Array | None, at: Array | None) -> Array:

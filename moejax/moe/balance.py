@@ -77,4 +77,4 @@ def update_bias(bias_E: Array, assigned_E: Array, rate: float, rule: str) -> Arr
     assigned_E = assigned_E.astype(jnp.float32)
     mean = jnp.mean(assigned_E)
     error_E = mean - assigned_E
-    return bias_E + rate * (jnp.sign(error_E) if rule == "sign" else error_E / jnp.maximum(mean, 1.0))
+    return bias_E + rate * (jnp.sign(error_E) if rule == "sign" else error_E / jnp.where(mean > 0, mean, 1.0))

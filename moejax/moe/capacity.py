@@ -1,5 +1,7 @@
 """Capacity: which pairs are dropped because an expert is full. It changes `valid_N` and nothing else."""
 
+from fractions import Fraction
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -28,7 +30,9 @@ def limit(assignments: Assignments, mask_T: Array, factor: float, policy: str, g
     valid_GN = assignments.valid_N.reshape(groups, -1)
     weight_GN = jax.lax.stop_gradient(assignments.weight_N).reshape(groups, -1)
     tokens_G = jnp.sum(mask_T.reshape(groups, -1), axis=1)
-    capacity_G = jnp.ceil(factor * choices * tokens_G / num_experts).astype(jnp.int32)
+    # In whole numbers: rounding of a float would add a place where factor * pairs / E is one.
+    share = Fraction(str(factor)) * choices / num_experts
+    capacity_G = -(-tokens_G * share.numerator // share.denominator)
     order_N = jnp.arange(expert_GN.shape[1])
     priority = {
         "choice_major": lambda weight_N: order_N % choices,

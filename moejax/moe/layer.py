@@ -21,7 +21,7 @@ def mixture(config: MoEConfig, router_parameters: Mapping[str, Array], state: Ma
     """A mixture of experts as a pure function: [T, D] -> [T, D] and what happened."""
     routed = get_router(config.router).route(config, router_parameters, state, x_TD, context)
     assignments = drop(config, routed.assignments, context)
-    assignments = assignments.replace(local=assignments.local and splits_with_tokens(assignments, context.sequences))
+    assignments = fit_to_mesh(assignments, context.sequences)
     dispatcher = choose_dispatcher(config.dispatch, assignments.local)
 
     def on_device(x_TD: Array, assignments: Assignments, w_in_ED2F: Array, w_out_EFD: Array, key: Array | None) -> Array:
@@ -55,10 +55,15 @@ def drop(config: MoEConfig, assignments: Assignments, context: RoutingContext) -
     return capacity.limit(assignments, context.mask_T, factor, config.drop_policy, groups, config.num_experts)
 
 
-def splits_with_tokens(assignments: Assignments, sequences: int) -> bool:
-    """Whether an even split of the list over the mesh gives each device the pairs of its own tokens."""
+def fit_to_mesh(assignments: Assignments, sequences: int) -> Assignments:
+    """Makes a list that the devices divide evenly, and marks it as not local where that parts pairs from their tokens."""
     mesh = sharding.current_mesh()
-    return mesh is None or assignments.choices > 0 or sequences % sharding.size(mesh, axes.TOKEN_AXES) == 0
+    devices = 1 if mesh is None else sharding.size(mesh, axes.TOKEN_AXES)
+    if assignments.choices > 0 or (assignments.local and sequences % devices == 0):
+        return assignments
+    missing = -assignments.expert_N.shape[0] % devices
+    padded = jax.tree.map(lambda a: jnp.pad(a, (0, missing)), assignments)  # the pairs added are not valid
+    return padded.replace(local=devices == 1 and assignments.local)
 
 
 def choose_dispatcher(name: str, local: bool) -> Dispatcher:

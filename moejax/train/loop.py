@@ -88,6 +88,8 @@ def _run(setup: Setup, prepared: Prepared, store: Store, recorder: Recorder | No
         progress.say(f"continuing at step {step}" + ("; all steps are done" if step >= options.steps else ""))
     meter = Meter(setup)
     evaluation, stopped = None, False
+    if step < options.steps:
+        progress.say("compiling the train step ...")
     while step < options.steps and not stopped:
         batch = setup.put(next(loader))
         state, means, records = setup.train_step(state, batch)

@@ -169,8 +169,8 @@ def test_arrays_may_be_donated_as_soon_as_save_returns(tmp_path, devices):
         store.save(number, {"model": state}, {}, None)
         saved[number] = host
         for _ in range(5):
-            given, state, host = state, step(state), advance(host)
-            assert all(a.is_deleted() for a in given.values())
+            donated, state, host = state, step(state), advance(host)
+        assert all(a.is_deleted() for a in donated.values())
     store.close()
     store = Store(tmp_path, read_only=True)
     for number, wanted in saved.items():

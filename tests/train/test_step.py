@@ -85,8 +85,9 @@ def losses_on(config, steps=20):
         return jax.device_get(found), jax.device_get(state.params)
 
 
-SIZES = {"model__embed": 16, "model__vocab_size": 38, "seed": 1, "moe__num_experts": 8, "moe__ffn": 12, "moe__bias_rate": 0.01,
-         "moe__first_dense": 1, "optimizer__learning_rate": 3e-3, "train__steps": 20, "data__batch_size": 8,
+SIZES = {"seed": 1, "model__embed": 16, "model__vocab_size": 38, "moe__num_experts": 8, "moe__ffn": 12,
+         "moe__bias_rate": 0.01, "moe__first_dense": 1, "optimizer__learning_rate": 3e-3, "train__steps": 20,
+         "data__batch_size": 8,
          "optimizer__eps": 1e-4}  # a larger eps: near 1e-8 Adam turns rounding of zero gradients into full steps
 
 

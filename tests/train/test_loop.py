@@ -1,0 +1,104 @@
+"""The whole path on a small text: train, record, evaluate, save, load."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from tiny import positions_of
+
+import moejax
+from moejax import config as config_lib
+from moejax.checkpoint import read_config
+from moejax.metrics import record
+from moejax.train import loop
+from moejax.train.benchmark import benchmark
+from moejax.train.setup import set_up
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """Arithmetic in words that a small model learns at once."""
+    folder = tmp_path_factory.mktemp("text")
+    lines = [json.dumps({"text": f"number {i} comes before number {i + 1}, and after number {i - 1}. " * 3})
+             for i in range(120)]
+    (folder / "text.jsonl").write_text("\n".join(lines))
+    tree = config_lib.default()
+    tree.model.update(dict(vocab_size=257, layers=2, embed=24, heads=4, kv_heads=2, head_dim=6, ffn=20))
+    tree.moe.update(dict(num_experts=5, ffn=12, bias_rate=0.01, capacity_factor=1.0))
+    tree.data.update(dict(source=str(folder / "*.jsonl"), tokenizer="bytes", length=20, batch_size=8, eval_fraction=0.2))
+    tree.optimizer.update(dict(learning_rate=2e-2, warmup_steps=4))
+    tree.train.update(dict(steps=30, log_every=5, eval_every=10, checkpoint_every=10, keep=1))
+    return config_lib.build(tree)
+
+
+@pytest.fixture(scope="module")
+def run(config, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("run")
+    return workdir, loop.train(config, workdir)
+
+
+def test_loss_falls_and_every_record_is_whole(run, config):
+    workdir, finished = run
+    assert finished.step == 30 and not finished.stopped
+    records = record.read(workdir)
+    train = [r for r in records if r["split"] == "train"]
+    held_out = [r for r in records if r["split"] == "eval"]
+    assert [r["step"] for r in train] == [5, 10, 15, 20, 25, 30] and [r["step"] for r in held_out] == [10, 20, 30]
+    assert train[-1]["loss"] < train[0]["loss"] - 1 and held_out[-1]["bits_per_byte"] < held_out[0]["bits_per_byte"]
+    for r in records:
+        for name in ("moe/load", "moe/dropped", "moe/entropy", "moe/max_vio", "moe/dead", "aux/balance", "aux/router_z"):
+            assert len(r[name]) == 2, (r, name)
+        assert r["tokens_per_second"] > 0 and all(sum(load) == pytest.approx(1, abs=1e-4) for load in r["moe/load"])
+    assert all(r["utilisation"] > 0 and max(r["moe/dropped"]) > 0 for r in train)
+    assert all(max(r["moe/dropped"]) == 0 for r in held_out)  # evaluation is dropless
+    assert held_out[-1]["perplexity"] == pytest.approx(np.exp(held_out[-1]["loss"]))
+    assert held_out[-1]["targets"] == len(finished.prepared.eval.tokens) - 1
+    nats = held_out[-1]["loss"] * held_out[-1]["targets"]
+    assert held_out[-1]["bits_per_byte"] == pytest.approx(nats / np.log(2) / finished.prepared.eval.bytes)
+
+
+def test_the_workdir_gives_the_model_back(run, config):
+    workdir, finished = run
+    assert read_config(workdir) == config
+    model, params = moejax.load(workdir)
+    jax.tree.map(np.testing.assert_array_equal, params, jax.device_get(finished.variables))
+    tokens = finished.prepared.eval.tokens[1:15][None].astype(np.int32)
+    logits = moejax.logits(model, params, tokens)
+    wanted = model.apply({"params": params["params"]}, tokens, positions_of(tokens), np.ones_like(tokens),
+                         params["router"]).logits_BLV
+    np.testing.assert_allclose(logits, wanted, atol=1e-5)
+
+
+def test_a_finished_run_evaluates_and_a_longer_one_goes_on(run, config):
+    workdir, finished = run
+    again = loop.train(config, workdir)
+    assert again.step == 30 and again.evaluation["loss"] == finished.evaluation["loss"]
+
+
+def test_other_data_is_refused(run, config, tmp_path):
+    setup = set_up(config)
+    store = loop.Store(run[0])
+    with jax.set_mesh(setup.mesh), pytest.raises(config_lib.UserError, match="other data"):
+        loop.start(setup, store, None, content="something else")
+    store.close()
+
+
+def test_nothing_is_compiled_after_the_first_step(config):
+    setup = set_up(config)
+    with jax.set_mesh(setup.mesh):
+        state = setup.initialise()
+        rng = np.random.default_rng(0)
+        from moejax.train.benchmark import random_batch
+        for _ in range(3):
+            state, _, _ = setup.train_step(state, setup.put(random_batch(config, rng)))
+    assert setup.train_step._cache_size() == 1
+
+
+def test_benchmark_reports_what_it_should(config):
+    result = benchmark(config, steps=2)
+    assert set(result) >= {"tokens_per_second", "step_seconds", "compile_seconds", "flops_per_token",
+                           "matmul_ceiling_flops", "utilisation", "peak_memory_bytes"}
+    assert all(value > 0 for name, value in result.items() if name != "platform")
+    assert result["tokens_per_second"] == pytest.approx(8 * 20 / result["step_seconds"])
+    json.dumps(result)
