@@ -6,6 +6,7 @@ changes; `build` turns it into a `Config`. `python -m moejax.config` prints ever
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from typing import Any, Mapping, Sequence
@@ -158,7 +159,7 @@ class MeshConfig:
 class Config:
     """All of it. Raises `UserError` on values that cannot work together."""
 
-    seed: int = key(0, "seed of initialisation, data order, dropout and split", low=0)
+    seed: int = key(0, "seed of initialisation, data order and dropout", low=0, high=2**32 - 1)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     moe: MoEConfig = dataclasses.field(default_factory=MoEConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
@@ -276,6 +277,7 @@ def _typed(field: dataclasses.Field, value: Any, where: str) -> Any:
         value = float(value)
     names = f"{wanted.__name__} or None" if optional else wanted.__name__
     check(type(value) is wanted, f"{where}={value!r} must be of type {names}")
+    check(wanted is not float or math.isfinite(value), f"{where}={value!r} must be finite")
     meta = field.metadata
     check(not meta["choices"] or value in meta["choices"],
           f"{where}={value!r} must be one of {', '.join(map(str, meta['choices']))}"

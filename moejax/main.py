@@ -133,7 +133,7 @@ def load_config_file(spec: str) -> dict[str, Any]:
     Raises:
       UserError: no such file, or whatever goes wrong in it, with file and line.
     """
-    name, colon, argument = spec.partition(":")
+    name, colon, argument = os.path.expanduser(spec).partition(":")
     check(os.path.isfile(name), f"--config={spec}: there is no file {name!r}; give the path of a Python file, e.g. "
           "experiments/tiny.py")
     arguments = [argument] if colon else []
@@ -187,14 +187,15 @@ def override(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, A
 
 
 def make_config(values: flags.FlagValues, workdir: Path | None) -> Config | None:
-    """The config that the flags ask for; None if they leave it to the workdir."""
+    """The config that the flags ask for; None if they leave it all to the workdir.
+
+    Without --config, keys of the config stored in the workdir are overridden.
+    """
     changes = overrides(values)
     if values.config is not None:
         return config_lib.build(override(load_config_file(values.config), changes))
     if not changes:
         return None
-    check(workdir is not None and values.mode in ("eval", "generate"),
-          f"--{CONFIG_PREFIX}{next(iter(changes))} needs --config=FILE, whose key it overrides")
     from moejax.commands import stored_config
     return config_lib.build(override(stored_config(workdir), changes))
 
@@ -206,7 +207,7 @@ def run(values: flags.FlagValues) -> None:
           f"--mode={mode} needs --config=FILE, e.g. --config=experiments/tiny.py")
     check(bool(values.workdir) or mode == "benchmark", f"--mode={mode} needs --workdir=DIR")
     check(bool(values.prompt) or mode != "generate", '--mode=generate needs --prompt="..."')
-    workdir = Path(values.workdir) if values.workdir else None
+    workdir = Path(os.path.expanduser(values.workdir)) if values.workdir else None
     config = make_config(values, workdir)
     if mode == "train":
         from moejax.commands import train

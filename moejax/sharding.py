@@ -96,7 +96,7 @@ def validate(shapes: Any, logical: Any, mesh: Mesh) -> None:
             split = RULES[name] if name else ()
             if length % size(mesh, split):
                 raise UserError(f"{parameter}: dimension {name}={length} cannot be split over mesh axis {', '.join(split)} "
-                                f"of size {size(mesh, split)}")
+                                f"of size {size(mesh, split)}; change config.mesh or this size")
 
 
 def current_mesh() -> Any:

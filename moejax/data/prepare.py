@@ -17,6 +17,7 @@ and of the sources and a tokenizer file only names, sizes and times of change, s
 import hashlib
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -58,12 +59,15 @@ class Prepared(NamedTuple):
     content: str
 
 
-def prepare(config: Config, folder: Path, say: Callable[[str], None] = print) -> Prepared:
+def prepare(config: Config, folder: Path, say: Callable[[str], None] = print, content: str | None = None) -> Prepared:
     """Makes the prepared folder, or uses the one that is there if it was made of the same data in the same way.
 
     Documents are held out by a hash of their text, so copies of one document are on the same side; with
     config.data.eval_source, training documents that also occur there are left out. The training documents are shuffled
     once by config.seed (if config.data.shuffle); the held-out ones keep the order of their source.
+
+    The folder is built beside its place and moved there when it is whole, so whatever goes wrong leaves an old one as it
+    was.
 
     Only one process may write a folder; on several hosts let one prepare and the others call `load_prepared` after it.
 
@@ -71,17 +75,32 @@ def prepare(config: Config, folder: Path, say: Callable[[str], None] = print) ->
       config: what to prepare.
       folder: made if missing.
       say: takes lines about the progress.
+      content: the hash that the data must have, if a model was trained on it before.
 
     Raises:
-      UserError: from the sources and the tokenizer, or a split without documents.
+      UserError: from the sources and the tokenizer, a split without documents, or data with another hash.
     """
     fingerprint = _fingerprint(config)
-    if read_json(folder / "summary.json").get("fingerprint") == fingerprint:
+    summary = read_json(folder / "summary.json")
+    if summary.get("fingerprint") == fingerprint and content in (None, summary.get("content")):
         say(f"data: {folder} is up to date")
         return load_prepared(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    for stale in ("summary.json", "baselines.json"):
-        (folder / stale).unlink(missing_ok=True)
+    part = folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        found = _build(config, part, say, fingerprint)
+        check(content in (None, found), f"config.data.source={config.data.source} is not the text that {folder.parent} was "
+              "trained on; restore the text, or take another --workdir")
+        shutil.rmtree(folder, ignore_errors=True)
+        part.rename(folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return load_prepared(folder)
+
+
+def _build(config: Config, folder: Path, say: Callable[[str], None], fingerprint: str) -> str:
+    """Fills an empty folder; returns the hash of the data."""
     begin = time.monotonic()
     training = (text for split, text in _split(config) if split == "train")
     tokenizer = make_tokenizer(config.data.tokenizer, config.model.vocab_size, training, folder)
@@ -99,7 +118,7 @@ def prepare(config: Config, folder: Path, say: Callable[[str], None] = print) ->
         say(f"data: {split}: {count['documents']:,} documents, {count['bytes'] / 1e6:.2f} MB, "
             f"{count['tokens']:,} tokens")
     say(f"data: prepared in {time.monotonic() - begin:.1f} s")
-    return load_prepared(folder)
+    return content
 
 
 def load_prepared(folder: Path) -> Prepared:

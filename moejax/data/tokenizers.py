@@ -151,7 +151,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     try:
         kind = json.loads(marker.read_text(encoding="utf-8"))["kind"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{marker}: missing or broken; prepare the data again") from error
+        raise UserError(f"{marker}: missing or broken; delete the folder and give the training command again") from error
     if kind == "bytes":
         return ByteTokenizer()
     return _from_file(folder / ("tokenizer.model" if kind == "sentencepiece" else "tokenizer.json"))

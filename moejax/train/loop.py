@@ -1,7 +1,9 @@
 """The training run: continue or start, step, record, evaluate, save."""
 
 import contextlib
+import os
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any, Callable, Iterator, NamedTuple
@@ -11,7 +13,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from moejax.checkpoint import Store, open_workdir, place
-from moejax.config import Config, check
+from moejax.config import Config
 from moejax.data.loader import eval_batches, train_loader
 from moejax.data.prepare import Prepared, load_prepared, prepare
 from moejax.evaluation.perplexity import bits_per_byte, evaluate
@@ -70,11 +72,22 @@ def prepare_on_chief(config: Config, workdir: Path) -> Prepared:
     """Opens the workdir and prepares the data on process 0; the other processes then read what it wrote."""
     if jax.process_index() == 0:
         open_workdir(workdir, config, print)
-        prepared = prepare(config, workdir / "data")
+        prepared = prepare(config, workdir / "data", content=content_of_run(workdir))
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("data is prepared")
         prepared = load_prepared(workdir / "data")
     return prepared
+
+
+def content_of_run(workdir: Path) -> str | None:
+    """The hash of the data that a workdir's newest checkpoint was trained on; None if there is none."""
+    if not (workdir / "checkpoints").is_dir():
+        return None
+    store = Store(workdir, read_only=True)
+    try:
+        return store.restore({}).data["content"] if store.steps() else None
+    finally:
+        store.close()
 
 
 def _run(setup: Setup, prepared: Prepared, store: Store, recorder: Recorder | None,
@@ -82,7 +95,7 @@ def _run(setup: Setup, prepared: Prepared, store: Store, recorder: Recorder | No
     config, options = setup.config, setup.config.train
     loader = train_loader(prepared.train, prepared.tokenizer.separator_id, config, jax.process_index(),
                           jax.process_count())
-    state, step = start(setup, store, loader, prepared.content)
+    state, step = start(setup, store, loader)
     progress = Progress(step, options.steps, quiet=recorder is None)
     if step:
         progress.say(f"continuing at step {step}" + ("; all steps are done" if step >= options.steps else ""))
@@ -127,17 +140,11 @@ def items(state: TrainState) -> dict[str, Any]:
             "training": {"step": state.step, "opt_state": state.opt_state, "key": state.key}}
 
 
-def start(setup: Setup, store: Store, loader: Any, content: str) -> tuple[TrainState, int]:
-    """The state to go on from, with the loader moved to its place: a checkpoint's, or a fresh one.
-
-    Raises:
-      UserError: the checkpoint was trained on other data than that with this hash.
-    """
+def start(setup: Setup, store: Store, loader: Any) -> tuple[TrainState, int]:
+    """The state to go on from, with the loader moved to its place: a checkpoint's, or a fresh one."""
     if not store.steps():
         return setup.initialise(), 0
     restored = store.restore(place(items(setup.shapes), items(setup.shardings)))
-    check(restored.data["content"] == content, f"{store.folder}: was trained on other data than config.data.source now "
-          "gives; restore the data or take another --workdir")
     loader.set_state(restored.data["loader"])
     model, training = restored.items["model"], restored.items["training"]
     return TrainState(training["step"], model["params"], training["opt_state"], model["router"],
@@ -215,6 +222,7 @@ def stop_on_signal() -> Iterator[Callable[[], bool]]:
         if seen:
             raise KeyboardInterrupt
         seen.append(number)
+        os.write(sys.stderr.fileno(), b"moejax: stopping after this step and saving; once more stops at once\n")
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

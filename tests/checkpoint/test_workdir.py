@@ -25,7 +25,7 @@ def another(name: str) -> Config:
     """A valid config that differs from the defaults in one key."""
     field, default = fields()[name], flatten(to_dict(Config()))[name]
     kind = typing.get_args(field.type)[0] if isinstance(field.type, types.UnionType) else field.type
-    candidates = {bool: [True, False], int: [2, 8, 64, 2048, 0], float: [0.5, 2.0],
+    candidates = {bool: [True, False], int: [1, 2, 8, 64, 2048], float: [0.5, 2.0],
                   str: [*field.metadata["choices"], "other"]}[kind]
     for value in candidates:
         try:
@@ -33,7 +33,7 @@ def another(name: str) -> Config:
                 return changed_config(**{name.replace(".", "__"): value})
         except UserError:
             continue
-    pytest.skip(f"{name} has one value")
+    raise AssertionError(f"no other value found for {name}")
 
 
 def start_run(workdir) -> None:
@@ -53,7 +53,7 @@ def test_others_may_read_the_config(tmp_path):
     assert (tmp_path / "config.json").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
-@pytest.mark.parametrize("name", fields())
+@pytest.mark.parametrize("name", [name for name in fields() if len(fields()[name].metadata["choices"]) != 1])
 def test_exactly_the_free_keys_may_change_in_a_run(tmp_path, name):
     open_workdir(tmp_path, Config(), print)
     start_run(tmp_path)

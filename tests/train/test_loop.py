@@ -1,6 +1,7 @@
 """The whole path on a small text: train, record, evaluate, save, load."""
 
 import json
+import pathlib
 
 import jax
 import numpy as np
@@ -10,6 +11,7 @@ from tiny import positions_of
 import moejax
 from moejax import config as config_lib
 from moejax.checkpoint import read_config
+from moejax.data.prepare import load_prepared
 from moejax.metrics import record
 from moejax.train import loop
 from moejax.train.benchmark import benchmark
@@ -76,12 +78,17 @@ def test_a_finished_run_evaluates_and_a_longer_one_goes_on(run, config):
     assert again.step == 30 and again.evaluation["loss"] == finished.evaluation["loss"]
 
 
-def test_other_data_is_refused(run, config, tmp_path):
-    setup = set_up(config)
-    store = loop.Store(run[0])
-    with jax.set_mesh(setup.mesh), pytest.raises(config_lib.UserError, match="other data"):
-        loop.start(setup, store, None, content="something else")
-    store.close()
+def test_other_data_is_refused_and_the_old_stays(run, config, tmp_path):
+    workdir, finished = run
+    source = pathlib.Path(config.data.source.replace("*", "text"))
+    text = source.read_text()
+    for change in (text + '\n{"text": "one more"}', text + "\n{"):
+        source.write_text(change)
+        with pytest.raises(config_lib.UserError):
+            loop.train(config, workdir)
+        assert load_prepared(workdir / "data").content == finished.prepared.content
+    source.write_text(text)
+    assert loop.train(config, workdir).evaluation["loss"] == finished.evaluation["loss"]
 
 
 def test_nothing_is_compiled_after_the_first_step(config):
