@@ -28,9 +28,9 @@ def get_config():
     c.data.batch_size = 8
     c.optimizer.learning_rate = 5e-3
     c.optimizer.warmup_steps = 50
-    c.train.steps = 600
+    c.train.steps = 300
     c.train.log_every = 20
-    c.train.eval_every = 200
-    c.train.checkpoint_every = 200
+    c.train.eval_every = 150
+    c.train.checkpoint_every = 150
     c.train.sample_prompt = "My fellow citizens,"
     return c
