@@ -17,7 +17,7 @@ def next_token(logits_BLV: Array, targets_BL: Array, mask_BL: Array, *, label_sm
       head_z_weight: weight of log(sum exp(logits))^2, which keeps the normaliser near 1 (PaLM, arXiv 2204.02311).
 
     Returns:
-      The sum to minimise, and sums to report: `loss` (negative log-likelihood alone, nats), `head_z`, `accuracy`
+      The sum to minimise, and sums to report: `loss` (negative log-likelihood alone, nats), `aux/head_z`, `accuracy`
       (targets that no other token outscores).
     """
     log_z_BL = jax.nn.logsumexp(logits_BLV, axis=-1)
@@ -37,4 +37,4 @@ def next_token(logits_BLV: Array, targets_BL: Array, mask_BL: Array, *, label_sm
     if head_z_weight > 0:
         objective += head_z_weight * head_z
     accuracy = total((target_BL >= jnp.max(logits_BLV, axis=-1)).astype(jnp.float32))
-    return objective, {"loss": loss, "head_z": head_z, "accuracy": accuracy}
+    return objective, {"loss": loss, "aux/head_z": head_z, "accuracy": accuracy}

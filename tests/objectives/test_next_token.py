@@ -22,7 +22,7 @@ def test_sums_are_the_formula(case):
     objective, sums = next_token(jnp.float32(logits), targets, mask, label_smoothing=0.1, head_z_weight=0.01)
     assert float(objective) == pytest.approx((smooth + 0.01 * log_z**2)[mask].sum(), rel=1e-5)
     assert float(sums["loss"]) == pytest.approx(nll[mask].sum(), rel=1e-5)
-    assert float(sums["head_z"]) == pytest.approx((log_z**2)[mask].sum(), rel=1e-5)
+    assert float(sums["aux/head_z"]) == pytest.approx((log_z**2)[mask].sum(), rel=1e-5)
     assert float(sums["accuracy"]) == (logits.argmax(-1) == targets)[mask].sum()
 
 
