@@ -2,8 +2,8 @@
 
 Command   python -m moejax.main --config=experiments/tiny.py --workdir=runs/tiny
 Hardware  2 CPU cores, 2 GB of memory
-Time      TIME
-Result    held-out bits per byte BPB (three seeds in the README; `xz -9e` needs 2.24 on the same bytes)
+Time      350 CPU seconds in all, data and evaluation included
+Result    held-out bits per byte 1.76 (three seeds in the README; `xz -9e` needs 2.24 on the same bytes)
 """
 
 from moejax import config

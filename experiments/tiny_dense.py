@@ -2,8 +2,8 @@
 
 Command   python -m moejax.main --config=experiments/tiny_dense.py --workdir=runs/tiny_dense
 Hardware  2 CPU cores, 2 GB of memory
-Time      TIME
-Result    held-out bits per byte BPB (three seeds in the README)
+Time      300 CPU seconds in all, data and evaluation included
+Result    held-out bits per byte 1.78 (three seeds in the README)
 """
 
 import importlib.util
