@@ -51,11 +51,12 @@ def run_there(here):
     """The workdir `w` of a run with checkpoints of steps 10 and 20, made without training."""
     config = make_config(parse_flags(["main", "--config=c.py"]), None)
     open_workdir(here / "w", config, print)
-    prepare(config, here / "w" / "data", lambda line: None)
+    content = prepare(config, here / "w" / "data", lambda line: None).content
     _, params, router = tiny_model(config)
     store = Store(here / "w")
     for step in (10, 20):
-        store.save(step, {"model": {"params": jax.tree.map(np.asarray, params), "router": router}}, {}, None)
+        variables = {"params": jax.tree.map(np.asarray, params), "router": router}
+        store.save(step, {"model": variables}, {"content": content}, None)
     store.close()
     return here
 
@@ -265,10 +266,11 @@ def test_router_that_cannot_generate(here, capfd):
     choice = config_of("--config=c.py", "--config.moe.every=1", "--config.moe.router=expert_choice",
                        "--config.moe.allow_noncausal_routing=True")
     open_workdir(here / "w", choice, print)
-    prepare(choice, here / "w" / "data", lambda line: None)
+    content = prepare(choice, here / "w" / "data", lambda line: None).content
     _, params, router = tiny_model(choice)
     store = Store(here / "w")
-    store.save(1, {"model": {"params": jax.tree.map(np.asarray, params), "router": router}}, {}, None)
+    variables = {"params": jax.tree.map(np.asarray, params), "router": router}
+    store.save(1, {"model": variables}, {"content": content}, None)
     store.close()
     error = refuse(capfd, "--workdir=w", "--mode=generate", "--prompt=a", "--max_new_tokens=4")
     assert "config.moe.router=expert_choice chooses among tokens that are not there yet" in error

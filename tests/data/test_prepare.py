@@ -95,7 +95,7 @@ def test_a_second_call_reuses_the_files_and_a_changed_key_does_not(corpus, tmp_p
     assert prepare(config(corpus), folder, quiet).content != first.content
 
 
-def test_a_killed_run_leaves_nothing_that_is_trusted(corpus, tmp_path, monkeypatch):
+def test_a_killed_run_leaves_what_was_there(corpus, tmp_path, monkeypatch):
     folder = tmp_path / "out"
     before = prepare(config(corpus), folder, quiet)
     with monkeypatch.context() as patch:
@@ -110,10 +110,13 @@ def test_a_killed_run_leaves_nothing_that_is_trusted(corpus, tmp_path, monkeypat
         patch.setattr(module.os, "replace", dies)
         with pytest.raises(KeyboardInterrupt):
             prepare(config(corpus, seed=4), folder, quiet)
-    with pytest.raises(UserError, match="no prepared data"):
-        load_prepared(folder)
-    after = prepare(config(corpus), folder, quiet)
-    np.testing.assert_array_equal(after.train.tokens, before.train.tokens)
+    still = load_prepared(folder)
+    assert still.content == before.content
+    np.testing.assert_array_equal(still.train.tokens, before.train.tokens)
+    (tmp_path / "out.part").mkdir()  # as a SIGKILL leaves it
+    after = prepare(config(corpus, seed=4), folder, quiet)
+    assert not np.array_equal(after.train.tokens, before.train.tokens)
+    assert not (tmp_path / "out.part").exists()
     assert not [path.name for path in folder.iterdir() if path.suffix in (".part", ".raw")]
 
 
