@@ -33,7 +33,7 @@ def train(config: Config, workdir: Path) -> None:
     if prompt and jax.process_count() == 1:
         variables = jax.device_put(finished.variables, jax.local_devices()[0])
         try:
-            text, = continuations(set_up(config).model, variables, finished.prepared.tokenizer, [prompt],
+            text, = continuations(finished.model, variables, finished.prepared.tokenizer, [prompt],
                                   max_new_tokens=config.train.sample_tokens, temperature=0.8, seed=config.seed)
             print(f"sample: {prompt}|{text}")
         except UserError as error:  # the run itself is done and well

@@ -63,7 +63,7 @@ def fit_to_mesh(assignments: Assignments, sequences: int) -> Assignments:
         return assignments
     missing = -assignments.expert_N.shape[0] % devices
     padded = jax.tree.map(lambda a: jnp.pad(a, (0, missing)), assignments)  # the pairs added are not valid
-    return padded.replace(local=devices == 1 and assignments.local)
+    return padded.replace(local=False)
 
 
 def choose_dispatcher(name: str, local: bool) -> Dispatcher:

@@ -19,7 +19,7 @@ from moejax.data.prepare import Prepared, load_prepared, prepare
 from moejax.evaluation.perplexity import bits_per_byte, evaluate
 from moejax.metrics.record import Recorder, loss_summary, routing_summary, total_records
 from moejax.models.count import training_flops
-from moejax.models.transformer import in_order
+from moejax.models.transformer import Transformer, in_order
 from moejax.train.benchmark import matmul_ceiling
 from moejax.train.progress import Progress, duration
 from moejax.train.setup import Setup, describe, set_up
@@ -34,6 +34,7 @@ class Finished(NamedTuple):
       stopped: whether a signal ended it before its last step.
       evaluation: the last evaluation record, or None.
       prepared: its data.
+      model: what was trained.
       variables: {"params", "router"} of the model, on the mesh.
     """
 
@@ -41,6 +42,7 @@ class Finished(NamedTuple):
     stopped: bool
     evaluation: dict[str, Any] | None
     prepared: Prepared
+    model: Transformer
     variables: dict[str, Any]
 
 
@@ -131,7 +133,8 @@ def _run(setup: Setup, prepared: Prepared, store: Store, recorder: Recorder | No
     if evaluation is None and not stopped:
         evaluation = run_evaluation(setup, prepared, state.params, state.router_state, step)
         progress.say(evaluation_line(evaluation))
-    return Finished(step, stopped and step < options.steps, evaluation, prepared, items(state)["model"])
+    return Finished(step, stopped and step < options.steps, evaluation, prepared, setup.model,
+                    items(state)["model"])
 
 
 def items(state: TrainState) -> dict[str, Any]:
