@@ -78,10 +78,13 @@ class MoEConfig:
     allow_noncausal_routing: bool = key(False, "allow a router that looks at later tokens in a decoder")
     expert_dropout: float = key(0.0, "dropout rate on the experts' hidden units", low=0, high=1)
     dispatch: str = key("auto", "how tokens reach their experts", free=True,
-                        choices=("auto", "dense", "sort", "all_gather"))
+                        choices=("auto", "dense", "sort", "all_gather", "all_to_all", "ragged"))
+    buffer_factor: float | None = key(2.0, "all_to_all, ragged: rows that a device has room to receive over the mean; a "
+                                      "layer that needs more takes all_gather. None has room for the worst case",
+                                      low=0, free=True)
     compute: str = key("auto", "the grouped matmul: blocked (CPU) or ragged_dot (TPU, GPU)", free=True,
                        choices=("auto", "blocked", "ragged_dot"))
-    block_rows: int = key(128, "rows of one block in the blocked grouped matmul", low=1, free=True)
+    block_rows: int = key(192, "rows of one block in the blocked grouped matmul", low=1, free=True)
 
 
 @dataclasses.dataclass(frozen=True)

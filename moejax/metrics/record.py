@@ -34,7 +34,7 @@ def routing_summary(records: Sequence[LayerRecord]) -> dict[str, Any]:
         assigned_E = np.asarray(record.load.assigned_E, np.float64)
         pairs = max(assigned_E.sum(), 1.0)
         summary["moe/load"].append([round(share, 6) for share in (assigned_E / pairs).tolist()])
-        summary["moe/dropped"].append(float(1 - np.asarray(record.load.kept_E).sum() / pairs))
+        summary["moe/dropped"].append(float(np.asarray(record.load.dropped_E).sum() / pairs))
         summary["moe/entropy"].append(float(record.load.entropy / max(int(record.load.tokens), 1)))
         summary["moe/max_vio"].append(float(assigned_E.max() / (pairs / len(assigned_E)) - 1))
         summary["moe/dead"].append(int((assigned_E == 0).sum()))

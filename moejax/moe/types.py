@@ -32,13 +32,18 @@ class ExpertLoad:
 
     Attributes:
       assigned_E: int32, pairs per expert that the router chose.
-      kept_E: int32, pairs per expert that were left after dropping.
+      dropped_E: int32, those that found no place within the capacity.
+      received_E: int32, rows that reached the expert, counted where it computes: assigned less dropped, or tokens were
+        lost on the way.
+      replayed_E: int32, pairs that did not fit in a transport's buffer; the layer then took another one, so none is lost.
       tokens: int32 scalar, real tokens.
       entropy: float32 scalar, sum over tokens of the entropy (nats) of the router's distribution over experts.
     """
 
     assigned_E: Array
-    kept_E: Array
+    dropped_E: Array
+    received_E: Array
+    replayed_E: Array
     tokens: Array
     entropy: Array
 

@@ -25,7 +25,7 @@ def test_padding_and_batching_change_nothing():
     assert split.loss == pytest.approx(whole.loss, rel=1e-6) and split.accuracy == pytest.approx(whole.accuracy)
     for a, b in zip(whole.records, split.records, strict=True):
         np.testing.assert_array_equal(a.load.assigned_E, b.load.assigned_E)
-        np.testing.assert_array_equal(a.load.kept_E, a.load.assigned_E)  # dropless, whatever training uses
+        np.testing.assert_array_equal(a.load.received_E, a.load.assigned_E)  # dropless, whatever training uses
 
     logits, _ = jax.jit(functions.forward)(params, state, batch)
     logits = np.asarray(logits, np.float64)

@@ -10,9 +10,11 @@ from moejax.metrics import record
 from moejax.moe.types import ExpertLoad, LayerRecord
 
 
-def layer(assigned, kept, tokens, entropy, balance=1.0):
-    return LayerRecord({"balance": np.float32(balance)},
-                       ExpertLoad(np.array(assigned), np.array(kept), np.int32(tokens), np.float32(entropy)), {})
+def layer(assigned, received, tokens, entropy, balance=1.0):
+    assigned, received = np.array(assigned), np.array(received)
+    load = ExpertLoad(assigned, assigned - received, received, np.zeros_like(assigned), np.int32(tokens),
+                      np.float32(entropy))
+    return LayerRecord({"balance": np.float32(balance)}, load, {})
 
 
 def test_routing_summary_by_hand():
@@ -26,7 +28,7 @@ def test_routing_summary_by_hand():
 def test_batches_add_up():
     total, = record.total_records([[layer([1, 2], [1, 1], 3, 0.5, 1.0)], [layer([3, 0], [2, 0], 3, 1.5, 2.0)]])
     np.testing.assert_array_equal(total.load.assigned_E, [4, 2])
-    np.testing.assert_array_equal(total.load.kept_E, [3, 1])
+    np.testing.assert_array_equal(total.load.received_E, [3, 1])
     assert (total.load.tokens, total.load.entropy, total.losses["balance"]) == (6, 2.0, 1.5)
 
 

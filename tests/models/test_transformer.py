@@ -69,7 +69,7 @@ def test_padding_changes_nothing(router):
         x, y, atol=5e-6 * np.abs(x).max()), grads, long_grads)  # float32 sums over 112 tokens in another order
     for record, long_record in zip(records, long_records, strict=True):
         np.testing.assert_array_equal(record.load.assigned_E, long_record.load.assigned_E)
-        np.testing.assert_array_equal(record.load.kept_E, long_record.load.kept_E)
+        np.testing.assert_array_equal(record.load.received_E, long_record.load.received_E)
         assert int(record.load.tokens) == int(real.sum()) == int(long_record.load.tokens)
 
 

@@ -166,9 +166,9 @@ def test_a_dropped_pair_adds_nothing_and_kept_and_dropped_make_all_pairs(policy,
     lost = ~kept_TK.any(1)
     assert (lost & given.mask_T).any() and not np.any(np.asarray(y_TD)[lost])
 
-    np.testing.assert_array_equal(record.load.kept_E, np.bincount(expert_TK[kept_TK], minlength=E))
+    np.testing.assert_array_equal(record.load.received_E, np.bincount(expert_TK[kept_TK], minlength=E))
     np.testing.assert_array_equal(record.load.assigned_E, np.bincount(expert_TK[given.mask_T].ravel(), minlength=E))
     assert record.load.tokens == given.mask_T.sum() and record.load.assigned_E.sum() == K * given.mask_T.sum()
-    np.testing.assert_array_equal(all_record.load.kept_E, all_record.load.assigned_E)
+    np.testing.assert_array_equal(all_record.load.received_E, all_record.load.assigned_E)
     for part in ("losses", "statistics"):
         jax.tree.map(np.testing.assert_array_equal, getattr(record, part), getattr(all_record, part))

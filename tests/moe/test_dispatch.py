@@ -15,7 +15,7 @@ from hypothesis import strategies
 from moe_reference import D, E, K, T, assert_close, assignments_of, config_of, context, inputs, listed
 
 from moejax.moe import experts
-from moejax.moe.dispatch import DISPATCHERS, sort
+from moejax.moe.dispatch import DISPATCHERS, Sizes, sort
 from moejax.moe.layer import mixture
 from moejax.moe.types import Assignments
 
@@ -31,8 +31,8 @@ def forward_and_backward(dispatch, compute, block_rows, assignments, x_TD, w_in,
     way = DISPATCHERS[dispatch]
 
     def run(x_TD, weight_N, w_in, w_out):
-        plan = way.plan(assignments.replace(weight_N=weight_N), x_TD.shape[0], w_in.shape[0],
-                        experts.alignment(compute, block_rows))
+        sizes = Sizes(x_TD.shape[0], w_in.shape[0], experts.spare_rows(compute, block_rows))
+        plan = way.plan(assignments.replace(weight_N=weight_N), sizes)
         rows = way.dispatch(x_TD, plan)
         if way.manual:
             rows = experts.feed_forward(rows, plan.sizes_E, w_in, w_out, compute=compute, block_rows=block_rows)
@@ -103,13 +103,13 @@ def test_the_plan_of_sort_is_a_pairing_of_valid_pairs_and_rows_grouped_by_expert
     rng = np.random.default_rng(seed)
     expert_TK, valid_TK = skewed("zipf", rng), rng.random((T, K)) < 0.7
     chosen = assignments_of(expert_TK, np.ones((T, K)), valid_TK)
-    for alignment in (1, 5, 64):
-        plan = jax.tree.map(np.asarray, jax.jit(sort.plan, static_argnums=(1, 2, 3))(chosen, T, E, alignment))
+    for spare in (0, 5, 64):
+        plan = jax.tree.map(np.asarray, jax.jit(sort.plan, static_argnums=1)(chosen, Sizes(T, E, spare)))
         rows, pairs = len(plan.pair_R), T * K
         count_E = np.bincount(expert_TK[valid_TK], minlength=E)
-        np.testing.assert_array_equal(plan.sizes_E, -(-count_E // alignment) * alignment)
-        assert rows % alignment == 0 and plan.sizes_E.sum() <= rows
-        start_E = np.cumsum(plan.sizes_E) - plan.sizes_E
+        np.testing.assert_array_equal(plan.sizes_E, count_E)
+        assert rows == pairs + spare
+        start_E = np.cumsum(count_E) - count_E
         for e in range(E):
             held = plan.pair_R[start_E[e]:start_E[e] + count_E[e]]
             np.testing.assert_array_equal(held, np.flatnonzero((chosen.expert_N == e) & chosen.valid_N))
@@ -120,10 +120,10 @@ def test_the_plan_of_sort_is_a_pairing_of_valid_pairs_and_rows_grouped_by_expert
 
 
 @partial(jax.jit, static_argnums=(0, 3, 4))
-def there_and_back(dispatch, assignments, x_TD, num_experts, alignment):
+def there_and_back(dispatch, assignments, x_TD, num_experts, spare):
     """What identity experts would give."""
     way = DISPATCHERS[dispatch]
-    plan = way.plan(assignments, x_TD.shape[0], num_experts, alignment)
+    plan = way.plan(assignments, Sizes(x_TD.shape[0], num_experts, spare))
     return way.combine(way.dispatch(x_TD, plan), plan)
 
 
@@ -141,7 +141,7 @@ def test_with_a_token_major_list_neither_direction_of_sort_adds_by_scatter():
     chosen = assignments_of(skewed("zipf", np.random.default_rng(5)), np.ones((T, K)), np.ones((T, K), bool))
 
     def total(x_TD, weight_N, chosen):
-        plan = sort.plan(chosen.replace(weight_N=weight_N), T, E, 4)
+        plan = sort.plan(chosen.replace(weight_N=weight_N), Sizes(T, E, 4))
         return jnp.sum(sort.combine(jnp.sin(sort.dispatch(x_TD, plan)), plan)**2)
 
     def program(choices):

@@ -10,24 +10,21 @@ import pytest
 from moe_reference import D, E, F, assert_close, config_of, context, inputs
 
 from moejax.layers.mlp import FeedForward, dropout, gated
-from moejax.moe import experts
+from moejax.moe import blocked, experts
 from moejax.moe.layer import mixture
 
 LOADS = {"empty experts": (0, 5, 0, 1, 9, 0, 0), "one takes all": (0, 0, 17, 0, 0, 0, 0), "even": (4,) * E,
          "nothing": (0,) * E}
-COMPUTES = [("ragged_dot", 1), ("blocked", 1), ("blocked", 4), ("blocked", 16)]
+COMPUTES = [("ragged_dot", 1), ("blocked", 1), ("blocked", 4), ("blocked", 13)]
 every_load = pytest.mark.parametrize("load", LOADS)
 every_compute = pytest.mark.parametrize("compute, block_rows", COMPUTES)
 
 
-def grouped(load, compute, block_rows, rows=128):
-    """Rows for a load: sizes padded to the alignment, the expert of each row (or -1), and random rows where used."""
-    step = experts.alignment(compute, block_rows)
-    count_E = np.array(LOADS[load])
-    sizes_E = (-(-count_E // step) * step).astype(np.int32)
+def grouped(load, rows=128):
+    """Rows for a load, the expert of each row (or -1), and random rows where used."""
+    sizes_E = np.array(LOADS[load], np.int32)
     expert_R = np.full(rows, -1)
-    for e, start in enumerate(np.cumsum(sizes_E) - sizes_E):
-        expert_R[start:start + count_E[e]] = e
+    expert_R[:sizes_E.sum()] = np.repeat(np.arange(E), sizes_E)
     x_RD = np.random.default_rng(0).normal(size=(rows, D)) * (expert_R >= 0)[:, None]
     return x_RD.astype(np.float32), sizes_E, expert_R
 
@@ -44,7 +41,7 @@ def forward_and_backward(x_RD, sizes_E, w_in, w_out, dy_RD, compute, block_rows)
 def test_rows_and_all_gradients_equal_a_loop_over_rows(load, compute, block_rows):
     """Rows beyond the groups give zeros, and an expert without rows a gradient of exactly zero."""
     given = inputs(1)
-    x_RD, sizes_E, expert_R = grouped(load, compute, block_rows)
+    x_RD, sizes_E, expert_R = grouped(load)
     dy_RD = np.random.default_rng(2).normal(size=x_RD.shape).astype(np.float32)
     y_RD, dx_RD, d_in, d_out = forward_and_backward(x_RD, sizes_E, given.w_in_ED2F, given.w_out_EFD, dy_RD, compute,
                                                     block_rows)
@@ -57,30 +54,44 @@ def test_rows_and_all_gradients_equal_a_loop_over_rows(load, compute, block_rows
     assert not np.any(np.asarray(dx_RD)[sizes_E.sum():]), "no gradient beyond the groups"
 
 
-def test_blocks_and_ragged_dot_take_bfloat16_and_sum_in_float32():
+def test_blocks_and_ragged_dot_take_bfloat16():
     given = inputs(3)
-    x_RD, sizes_E, expert_R = grouped("even", "blocked", 4)
-    low = [jnp.asarray(a, jnp.bfloat16) for a in (x_RD, given.w_in_ED2F.reshape(E, D, 2 * F))]
-    want = np.where(expert_R[:, None] >= 0, np.einsum("rd,rdf->rf", *(np.asarray(a, np.float64) for a in (
-        low[0], low[1][expert_R]))), 0)
+    x_RD, sizes_E, expert_R = grouped("even")
+    low = [jnp.asarray(a, jnp.bfloat16) for a in (x_RD, given.w_in_ED2F, given.w_out_EFD)]
+    pairs = [(row, e, 1.0) for row, e in enumerate(expert_R) if e >= 0]
+    want, _ = reference.experts(*(np.asarray(low[i].astype(jnp.float32)) for i in (0,)), pairs,
+                                *(a.astype(jnp.float32) for a in low[1:]))
     for compute in ("blocked", "ragged_dot"):
-        y_RF = jax.jit(experts.grouped_matmul, static_argnums=(3, 4))(*low, sizes_E, compute, 4)
-        assert y_RF.dtype == jnp.bfloat16
-        np.testing.assert_allclose(np.asarray(y_RF, np.float64), want, rtol=2**-7, atol=1e-6)
+        y_RD = jax.jit(partial(experts.feed_forward, compute=compute, block_rows=4))(low[0], sizes_E, *low[1:])
+        assert y_RD.dtype == jnp.bfloat16
+        assert_close(y_RD.astype(jnp.float32), want, 2**-6)
 
 
-def test_the_weight_gradient_of_many_blocks_does_not_lose_small_terms_in_bfloat16():
-    """1,024 blocks of ones add up to 1,024; a bfloat16 sum would stop growing at 256."""
+def test_the_weight_gradients_of_many_blocks_do_not_lose_small_terms_in_bfloat16():
+    """1,024 blocks of ones add up to 1,024 times one; a bfloat16 sum would stop growing at 256."""
     rows = 1024
-    x_RD, w_EDF = jnp.ones((rows, 1), jnp.bfloat16), jnp.ones((1, 1, 1), jnp.bfloat16)
-    sizes_E = jnp.array([rows], jnp.int32)
-    gradient = jax.jit(jax.grad(lambda w: jnp.sum(experts.blocked_matmul(x_RD, w, sizes_E, 1).astype(jnp.float32))))
-    assert gradient(w_EDF) == rows
+
+    def total(w_out_EFD, count):
+        x_RD = (jnp.arange(rows + 1) < count)[:, None].astype(jnp.bfloat16)
+        w_in_EDF = jnp.ones((1, 1, 2), jnp.bfloat16)
+        y_RD = blocked.feed_forward(x_RD, jnp.array([count], jnp.int32), w_in_EDF, w_out_EFD, None, 1, 0.0)
+        return jnp.sum(y_RD.astype(jnp.float32))
+
+    gradient = jax.jit(jax.grad(total))
+    one, many = (gradient(jnp.ones((1, 1, 1), jnp.bfloat16), count).item() for count in (1, rows))
+    assert many == rows * one
+
+
+@pytest.mark.parametrize("block_rows", [1, 4, 7, 64, 192])
+def test_a_block_wastes_less_than_a_step_an_expert(block_rows):
+    step = blocked.step_rows(block_rows)
+    for size in range(3 * block_rows):
+        assert size <= blocked.rows_computed(size, block_rows) < size + step
 
 
 def test_equal_groups_as_plain_einsums_are_the_same_function():
     given = inputs(4)
-    x_RD, _, expert_R = grouped("even", "ragged_dot", 1, rows=sum(LOADS["even"]))
+    x_RD, _, expert_R = grouped("even", rows=sum(LOADS["even"]))
     dense = experts.dense_feed_forward(x_RD.reshape(E, -1, D), given.w_in_ED2F, given.w_out_EFD)
     pairs = [(row, e, 1.0) for row, e in enumerate(expert_R)]
     want, _ = reference.experts(x_RD, pairs, given.w_in_ED2F, given.w_out_EFD)
@@ -103,9 +114,9 @@ def test_the_gate_is_silu_and_the_other_half_passes():
     np.testing.assert_allclose(gated(jnp.asarray(h, jnp.float32)), want, rtol=1e-6)
 
 
-def test_auto_takes_blocks_on_cpu_and_only_blocks_need_padding():
+def test_auto_takes_blocks_on_cpu_and_only_blocks_need_spare_rows():
     assert experts.choose_compute("auto") == "blocked" and experts.choose_compute("ragged_dot") == "ragged_dot"
-    assert (experts.alignment("blocked", 8), experts.alignment("ragged_dot", 8)) == (8, 1)
+    assert (experts.spare_rows("blocked", 13), experts.spare_rows("ragged_dot", 13)) == (3, 0)
 
 
 def test_dropout_zeroes_a_share_and_keeps_the_mean():

@@ -1,35 +1,14 @@
 """HOW TOKENS MOVE: one file per transport, one interface: plan, dispatch, combine."""
 
-from typing import Any, Callable, NamedTuple
-
-from jax import Array
-
-from moejax.moe.dispatch import all_gather, dense, sort
-from moejax.moe.types import Assignments
-
-
-class Dispatcher(NamedTuple):
-    """One way to bring tokens to experts and results back.
-
-    Attributes:
-      plan: (assignments, tokens, experts, alignment) -> plan; on a mesh, all counted on one device.
-      dispatch: (x_TD, plan) -> rows for the experts.
-      combine: (rows, plan) -> y_TD.
-      manual: whether it runs inside `jax.shard_map`, with rows grouped by expert (plan.sizes_E).
-      splits_experts: whether each device of the expert axis holds its own experts, or all of them.
-    """
-
-    plan: Callable[[Assignments, int, int, int], Any]
-    dispatch: Callable[[Array, Any], Array]
-    combine: Callable[[Array, Any], Array]
-    manual: bool
-    splits_experts: bool
-
+from moejax.moe.dispatch import all_gather, all_to_all, dense, ragged, sort
+from moejax.moe.dispatch.base import Dispatcher, Sizes
 
 DISPATCHERS: dict[str, Dispatcher] = {
-    "dense": Dispatcher(dense.plan, dense.dispatch, dense.combine, manual=False, splits_experts=True),
-    "sort": Dispatcher(sort.plan, sort.dispatch, sort.combine, manual=True, splits_experts=False),
-    "all_gather": Dispatcher(all_gather.plan, all_gather.dispatch, all_gather.combine, manual=True, splits_experts=True),
+    "dense": Dispatcher(dense.plan, dense.dispatch, dense.combine, manual=False, reaches_all=True),
+    "sort": Dispatcher(sort.plan, sort.dispatch, sort.combine, splits_experts=False),
+    "all_gather": Dispatcher(all_gather.plan, all_gather.dispatch, all_gather.combine, reaches_all=True),
+    "all_to_all": Dispatcher(all_to_all.plan, all_to_all.dispatch, all_to_all.combine, bounded=True),
+    "ragged": Dispatcher(ragged.plan, ragged.dispatch, ragged.combine, bounded=True),
 }
 
-__all__ = ["DISPATCHERS", "Dispatcher"]
+__all__ = ["DISPATCHERS", "Dispatcher", "Sizes"]

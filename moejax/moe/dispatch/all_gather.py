@@ -10,6 +10,7 @@ from jax import Array
 
 from moejax import axes
 from moejax.moe.dispatch import sort
+from moejax.moe.dispatch.base import Sizes
 from moejax.moe.types import Assignments
 
 
@@ -26,28 +27,21 @@ class GatherPlan:
         return self.sort.sizes_E
 
 
-def plan(assignments: Assignments, tokens: int, num_experts: int, alignment: int) -> GatherPlan:
-    """Orders the pairs of the local experts.
-
-    Args:
-      assignments: this device's part of the list; tokens counted on this device if the list is local, else over the
-        whole batch.
-      tokens: tokens on this device.
-      num_experts: local experts.
-      alignment: rows to which each expert is padded.
-    """
+def plan(assignments: Assignments, sizes: Sizes) -> GatherPlan:
+    """Orders the pairs of the local experts. A list that is local counts the tokens of this device, else of the batch."""
     place = jax.lax.axis_index(axes.EXPERT)
-    token_N = assignments.token_N + place * tokens if assignments.local else assignments.token_N
+    token_N = assignments.token_N + place * sizes.tokens if assignments.local else assignments.token_N
     token_N, expert_N, weight_N, valid_N = (
         jax.lax.all_gather(part_N, axes.EXPERT, tiled=True)
         for part_N in (token_N, assignments.expert_N, assignments.weight_N, assignments.valid_N))
-    expert_N = expert_N - place * num_experts
-    here_N = valid_N & (expert_N >= 0) & (expert_N < num_experts)
+    expert_N = expert_N - place * sizes.experts
+    here_N = valid_N & (expert_N >= 0) & (expert_N < sizes.experts)
     # A list that is not local may name any token of the batch.
     token_axes = (axes.EXPERT,) if assignments.local else axes.TOKEN_AXES
-    here = assignments.replace(token_N=token_N, expert_N=jnp.where(here_N, expert_N, num_experts), weight_N=weight_N,
+    here = assignments.replace(token_N=token_N, expert_N=jnp.where(here_N, expert_N, sizes.experts), weight_N=weight_N,
                                valid_N=here_N)
-    return GatherPlan(sort.plan(here, tokens * jax.lax.axis_size(token_axes), num_experts, alignment), token_axes)
+    gathered = sizes._replace(tokens=sizes.tokens * jax.lax.axis_size(token_axes))
+    return GatherPlan(sort.plan(here, gathered), token_axes)
 
 
 def dispatch(x_TD: Array, plan: GatherPlan) -> Array:

@@ -4,21 +4,25 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
+from moejax.moe.dispatch.base import Sizes
 from moejax.moe.types import Assignments
 
 
 @struct.dataclass
 class DensePlan:
-    """The weight of every expert for every token; 0 where they were not paired."""
+    """The weight of every expert for every token, 0 where they were not paired; and the pairs of each expert."""
 
     weight_TE: Array
+    sizes_E: Array
 
 
-def plan(assignments: Assignments, tokens: int, num_experts: int, alignment: int) -> DensePlan:
-    """Writes the list out as a matrix. `alignment` is of no use here."""
+def plan(assignments: Assignments, sizes: Sizes) -> DensePlan:
+    """Writes the list out as a matrix."""
     weight_N = jnp.where(assignments.valid_N, assignments.weight_N, 0.0)
-    weight_TE = jnp.zeros((tokens, num_experts)).at[assignments.token_N, assignments.expert_N].add(weight_N)
-    return DensePlan(weight_TE)
+    pair_N = assignments.token_N, assignments.expert_N
+    weight_TE = jnp.zeros((sizes.tokens, sizes.experts)).at[pair_N].add(weight_N)
+    pairs_TE = jnp.zeros((sizes.tokens, sizes.experts), jnp.int32).at[pair_N].add(assignments.valid_N.astype(jnp.int32))
+    return DensePlan(weight_TE, jnp.sum(pairs_TE, axis=0))
 
 
 def dispatch(x_TD: Array, plan: DensePlan) -> Array:

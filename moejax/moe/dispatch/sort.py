@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
+from moejax.moe.dispatch.base import Sizes
 from moejax.moe.types import Assignments
 
 
@@ -17,7 +18,7 @@ class SortPlan:
     """Where everything lies. An index equal to the length of what it points into means "nothing".
 
     Attributes:
-      sizes_E: rows of each expert, padded to the alignment.
+      sizes_E: rows of each expert; those of expert 0 come first, and so on.
       weight_N: of each pair; 0 where it is not valid.
       row_N: the row of each pair.
       pair_R: the pair of each row.
@@ -37,24 +38,25 @@ class SortPlan:
     choices: int = struct.field(pytree_node=False)
 
 
-def plan(assignments: Assignments, tokens: int, num_experts: int, alignment: int) -> SortPlan:
-    """Orders the valid pairs by expert, keeping list order within one, and pads every expert to `alignment` rows."""
-    pairs = assignments.expert_N.shape[0]
-    rows = pairs + min(num_experts, pairs) * (alignment - 1)
-    rows = -(-rows // alignment) * alignment
-
+def plan(assignments: Assignments, sizes: Sizes) -> SortPlan:
+    """Orders the valid pairs by expert, keeping list order within one, with `spare` rows of nothing behind them."""
+    pairs, num_experts = assignments.expert_N.shape[0], sizes.experts
+    rows = pairs + sizes.spare
     expert_N = jnp.where(assignments.valid_N, assignments.expert_N, num_experts)
     sorted_N, order_N = jax.lax.sort((expert_N, jnp.arange(pairs, dtype=jnp.int32)), num_keys=1, is_stable=True)
-    first_E = jnp.searchsorted(sorted_N, jnp.arange(num_experts + 1)).astype(jnp.int32)
-    sizes_E = -(-jnp.diff(first_E) // alignment) * alignment
-    start_E = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(sizes_E)])
-    place_N = start_E[sorted_N] + jnp.arange(pairs, dtype=jnp.int32) - first_E[sorted_N]
-    place_N = jnp.where(sorted_N < num_experts, place_N, rows)
-
+    sizes_E = jnp.diff(jnp.searchsorted(sorted_N, jnp.arange(num_experts + 1)).astype(jnp.int32))
+    place_N = jnp.where(sorted_N < num_experts, jnp.arange(pairs, dtype=jnp.int32), rows)
     row_N = jnp.zeros(pairs, jnp.int32).at[order_N].set(place_N, unique_indices=True)
-    pair_R = jnp.full(rows, pairs, jnp.int32).at[place_N].set(order_N, mode="drop", unique_indices=True)
+    return lay_out(assignments, row_N, rows, sizes.tokens, sizes_E)
+
+
+def lay_out(assignments: Assignments, row_N: Array, rows: int, tokens: int, sizes_E: Array) -> SortPlan:
+    """The plan that puts pair n in row row_N[n] of `rows` rows, or nowhere if it is `rows`."""
+    pairs = row_N.shape[0]
+    pair_R = jnp.full(rows, pairs, jnp.int32).at[row_N].set(
+        jnp.arange(pairs, dtype=jnp.int32), mode="drop", unique_indices=True)
     token_R = assignments.token_N.at[pair_R].get(mode="fill", fill_value=tokens)
-    weight_N = jnp.where(assignments.valid_N, assignments.weight_N, 0)
+    weight_N = jnp.where(row_N < rows, assignments.weight_N, 0)
     return SortPlan(sizes_E, weight_N, row_N, pair_R, assignments.token_N, token_R, tokens, assignments.choices)
 
 
@@ -78,7 +80,7 @@ def sum_per_token(x_RD: Array, weight_N: Array | None, plan: SortPlan) -> Array:
 
 @jax.custom_vjp
 def dispatch(x_TD: Array, plan: SortPlan) -> Array:
-    """Copies each token to the rows of its experts: [T, D] -> [R, D]. Padding rows are zero."""
+    """Copies each token to the rows of its experts: [T, D] -> [R, D]. Rows of nothing are zero."""
     return take(x_TD, plan.token_R)
 
 

@@ -1,0 +1,155 @@
+"""The experts' feed-forward in blocks of rows, each a plain matmul: dense speed where no grouped kernel exists (CPU).
+
+A loop over experts takes the matrices of one, and a loop inside it that expert's rows: whole blocks, then one last block
+of the smallest size that holds the rest. Both projections, the gate and all gradients of a block are computed while it is
+in the cache. The work is that of the rows in use, at most `step - 1` more an expert, whatever the skew.
+
+A last block may reach into the next expert's rows. Forward, and for the gradient of the rows, that expert writes them
+again later; in the weights' gradients they are masked.
+"""
+
+import itertools
+from functools import partial
+from typing import Any, Callable
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from moejax import sharding
+from moejax.layers.mlp import dropout, gated
+
+STEPS = 6
+"""Sizes of last blocks: more waste less on padding and take longer to compile."""
+
+
+def fit_block(block_rows: int, pairs: int, num_experts: int) -> int:
+    """Rows of a block for a list of this length: no more than the power of two above twice an expert's mean share."""
+    return min(block_rows, 1 << (max(1, 2 * pairs // num_experts) - 1).bit_length())
+
+
+def step_rows(block_rows: int) -> int:
+    """What the sizes of last blocks are multiples of."""
+    return -(-block_rows // STEPS)
+
+
+def rows_computed(size: int, block_rows: int) -> int:
+    """Rows that are multiplied for an expert that holds `size`."""
+    whole, rest = divmod(size, block_rows)
+    step = step_rows(block_rows)
+    return whole * block_rows + min(-(-rest // step) * step, block_rows)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def feed_forward(x_RD: Array, sizes_E: Array, w_in_EDF: Array, w_out_EFD: Array, key: Array | None, block_rows: int,
+                 dropout_rate: float) -> Array:
+    """SwiGLU experts on rows grouped by expert.
+
+    Args:
+      x_RD: rows; the first sizes_E[0] belong to expert 0, and so on; at least `step_rows(block_rows)` more than these.
+      sizes_E: int32.
+      w_in_EDF: gate and up projections side by side.
+      w_out_EFD: down projections.
+      key: for dropout on the hidden units, or None.
+      block_rows: rows of a whole block.
+      dropout_rate: of the hidden units.
+
+    Returns:
+      y_RD; where rows beyond the groups are zero, so are their results.
+    """
+    return _forward(x_RD, sizes_E, w_in_EDF, w_out_EFD, key, block_rows, dropout_rate)[0]
+
+
+def _forward(x_RD, sizes_E, w_in_EDF, w_out_EFD, key, block_rows, dropout_rate):
+    def expert(e: Array, carry: Any) -> Any:
+        w_in_DF, w_out_FD = w_in_EDF[e], w_out_EFD[e]
+
+        def block(carry: Any, start: Array, end: Array, rows: int, last: bool) -> Any:
+            y_RD, h_RF = carry
+            h_bF = _rows(x_RD, start, rows) @ w_in_DF
+            a_bF = _activate(h_bF, key, start, dropout_rate)
+            return _write(y_RD, a_bF @ w_out_FD, start), _write(h_RF, h_bF, start)
+
+        return _over_blocks(block, sizes_E, e, block_rows, x_RD.shape[0], carry)
+
+    def empty(width: int) -> Array:
+        return sharding.varying_like(jnp.zeros((x_RD.shape[0], width), x_RD.dtype), x_RD)
+
+    y_RD, h_RF = jax.lax.fori_loop(0, sizes_E.shape[0], expert, (empty(w_out_EFD.shape[2]), empty(w_in_EDF.shape[2])))
+    return y_RD, (x_RD, h_RF, sizes_E, w_in_EDF, w_out_EFD, key)
+
+
+def _backward(block_rows, dropout_rate, saved, dy_RD):
+    x_RD, h_RF, sizes_E, w_in_EDF, w_out_EFD, key = saved
+
+    def weight_gradient(a_bD: Array, b_bF: Array) -> Array:
+        return jnp.einsum("bd,bf->df", a_bD, b_bF, preferred_element_type=jnp.float32)
+
+    def expert(e: Array, carry: Any) -> Any:
+        dx_RD, dw_in_EDF, dw_out_EFD = carry
+        w_in_DF, w_out_FD = w_in_EDF[e], w_out_EFD[e]
+
+        def block(carry: Any, start: Array, end: Array, rows: int, last: bool) -> Any:
+            dx_RD, dw_in_DF, dw_out_FD = carry
+            dy_bD = _rows(dy_RD, start, rows)
+            if last:
+                dy_bD = jnp.where((start + jnp.arange(rows) < end)[:, None], dy_bD, 0)
+            a_bF, pull = jax.vjp(lambda h_bF: _activate(h_bF, key, start, dropout_rate), _rows(h_RF, start, rows))
+            dh_bF, = pull(dy_bD @ w_out_FD.T)
+            in_DF, out_FD = weight_gradient(_rows(x_RD, start, rows), dh_bF), weight_gradient(a_bF, dy_bD)
+            if not last:  # the last block comes first, so it has nothing to add to
+                in_DF, out_FD = dw_in_DF + in_DF, dw_out_FD + out_FD
+            return _write(dx_RD, dh_bF @ w_in_DF.T, start), in_DF, out_FD
+
+        zeros = (zeros_like(w_in_DF, jnp.float32), zeros_like(w_out_FD, jnp.float32))
+        dx_RD, dw_in_DF, dw_out_FD = _over_blocks(block, sizes_E, e, block_rows, x_RD.shape[0], (dx_RD, *zeros))
+        return (dx_RD, jax.lax.dynamic_update_index_in_dim(dw_in_EDF, dw_in_DF.astype(w_in_EDF.dtype), e, 0),
+                jax.lax.dynamic_update_index_in_dim(dw_out_EFD, dw_out_FD.astype(w_out_EFD.dtype), e, 0))
+
+    def zeros_like(a: Array, dtype: Any) -> Array:
+        return sharding.varying_like(jnp.zeros(a.shape, dtype), x_RD)
+
+    dx_RD, dw_in_EDF, dw_out_EFD = jax.lax.fori_loop(0, sizes_E.shape[0], expert, tuple(
+        zeros_like(a, a.dtype) for a in (x_RD, w_in_EDF, w_out_EFD)))
+    return dx_RD, None, dw_in_EDF, dw_out_EFD, None
+
+
+feed_forward.defvjp(_forward, _backward)
+
+
+def _over_blocks(block: Callable[..., Any], sizes_E: Array, e: Array, block_rows: int, available: int,
+                 carry: Any) -> Any:
+    """Runs `block(carry, start, end, rows, last)` over the rows of expert e: the last block, then the whole ones.
+
+    Sizes above the `available` rows of the array are never needed.
+    """
+    size, step = sizes_E[e], step_rows(block_rows)
+    start = jnp.sum(jnp.where(jnp.arange(sizes_E.shape[0]) < e, sizes_E, 0))
+    end, whole = start + size, size // block_rows
+    tail, rest = start + whole * block_rows, size - whole * block_rows
+    # Loops of no or one turn, as a conditional would copy the arrays that it writes. The start depends on i, or the
+    # compiler would take the block out of the loop and compute every size each time.
+    for below, rows in itertools.pairwise([*range(0, block_rows, step), block_rows]):
+        if rows <= available:
+            here = jnp.where((rest > below) & (rest <= rows), 1, 0)
+            carry = jax.lax.fori_loop(0, here, lambda i, carry, rows=rows: block(
+                carry, tail + i * block_rows, end, rows, True), carry)
+    if block_rows > available:
+        return carry
+    return jax.lax.fori_loop(0, whole, lambda i, carry: block(
+        carry, start + i * block_rows, end, block_rows, False), carry)
+
+
+def _activate(h_bF: Array, key: Array | None, start: Array, dropout_rate: float) -> Array:
+    """The gate, and dropout by a key of the block's own."""
+    if key is not None:
+        key = jax.random.fold_in(key, start)
+    return dropout(gated(h_bF.reshape(h_bF.shape[0], 2, -1)), dropout_rate, key)
+
+
+def _rows(a_RD: Array, start: Array, rows: int) -> Array:
+    return jax.lax.dynamic_slice_in_dim(a_RD, start, rows)
+
+
+def _write(a_RD: Array, block_bD: Array, start: Array) -> Array:
+    return jax.lax.dynamic_update_slice_in_dim(a_RD, block_bD, start, 0)
