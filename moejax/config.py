@@ -84,7 +84,7 @@ class MoEConfig:
                                       low=0, free=True)
     compute: str = key("auto", "the grouped matmul: blocked (CPU) or ragged_dot (TPU, GPU)", free=True,
                        choices=("auto", "blocked", "ragged_dot"))
-    block_rows: int = key(192, "rows of one block in the blocked grouped matmul", low=1, free=True)
+    block_rows: int = key(384, "rows of one block in the blocked grouped matmul", low=1, free=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,6 +141,8 @@ class TrainConfig:
                      choices=("none", "dots", "full"), free=True)
     dtype: str = key("float32", "compute type; parameters and routers stay float32", choices=("float32", "bfloat16"))
     scan_layers: bool = key(True, "scan over equal blocks (fast to compile) rather than unroll them", free=True)
+    loss_chunk: int | None = key(512, "tokens whose logits a device holds at once; None for all of its batch", low=1,
+                                 free=True)
     label_smoothing: float = key(0.0, "share of the target's probability spread over the vocabulary", low=0, high=1)
     head_z_weight: float = key(0.0, "weight of the squared log-normaliser of the output softmax", low=0)
     sample_prompt: str = key("", "prompt of the text that is sampled when training ends; empty samples none", free=True)
@@ -156,6 +158,7 @@ class MeshConfig:
     expert: int = key(1, "expert parallelism", low=-1, free=True)
     model: int = key(1, "tensor parallelism", low=-1, free=True)
     context: int = key(1, "sequence parallelism", low=-1, free=True)
+    replicated_mib: float = key(1024.0, "MiB of a parameter that may lie whole on every device", low=0, free=True)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,7 +29,7 @@ from moejax import config
 def get_config():
     c = config.default()
     c.model.update(dict(vocab_size=300, layers=2, embed=16, heads=2, kv_heads=1, head_dim=6, ffn=24, dropout=0.1))
-    c.moe.update(dict(num_experts=5, experts_per_token=2, ffn=12, jitter=0.1, bias_rate=0.01, block_rows=16))
+    c.moe.update(dict(num_experts=5, experts_per_token=2, ffn=12, jitter=0.1, bias_rate=0.01, block_rows=4))
     c.data.update(dict(source="corpus.jsonl", length=24, batch_size=16, eval_fraction=0.2))
     c.optimizer.update(dict(warmup_steps=5))
     c.train.update(dict(steps=20, checkpoint_every=10, eval_every=10, eval_batches=1, log_every=1))

@@ -14,7 +14,7 @@ def tiny_config(**changes) -> Config:
     """A 3-layer decoder of width 24 with a dense first layer and 5 experts; changes are `group__key=value`."""
     tree = config_lib.default()
     tree.model.update(dict(vocab_size=37, layers=3, embed=24, heads=4, kv_heads=2, head_dim=6, ffn=20, max_length=64))
-    tree.moe.update(dict(num_experts=5, experts_per_token=2, ffn=12, first_dense=1, block_rows=8))
+    tree.moe.update(dict(num_experts=5, experts_per_token=2, ffn=12, first_dense=1, block_rows=3))
     tree.data.update(dict(length=14, batch_size=8))
     tree.optimizer.update(dict(learning_rate=1e-2, warmup_steps=3))
     tree.train.update(dict(steps=20))

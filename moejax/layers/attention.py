@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
-from moejax import sharding
+from moejax import axes, sharding
 from moejax.layers.norm import RMSNorm
 from moejax.layers.rotary import rotate
 
@@ -19,24 +19,45 @@ class Cache:
     v_BSGH: Array
 
 
-def attend(q_BLQH: Array, k_BSGH: Array, v_BSGH: Array, visible_BLS: Array) -> Array:
+QUERY_BLOCK, MOST_BLOCKS = 128, 16
+"""Queries in a block of causal attention, unless that made more blocks than this: each is compiled on its own."""
+
+
+def attend(q_BLQH: Array, k_BSGH: Array, v_BSGH: Array, visible_BLS: Array, causal: bool) -> Array:
     """Softmax attention; each key and value head serves Q/G query heads. The softmax is taken in float32.
 
     Args:
       q_BLQH: queries.
       k_BSGH: keys.
       v_BSGH: values.
-      visible_BLS: bool, which keys a query may see. A query that sees none returns a mean of all values.
+      visible_BLS: bool, which keys a query may see. A query that sees none returns a mean of values.
+      causal: whether L = S and no query sees a later key, so that blocks of queries can leave out the keys behind them.
 
     Returns:
       [B, L, Q, H].
     """
     batch, length, heads, head_dim = q_BLQH.shape
-    q_BLGRH = q_BLQH.reshape(batch, length, k_BSGH.shape[2], -1, head_dim) * head_dim**-0.5
-    scores_BGRLS = jnp.einsum("blgrh,bsgh->bgrls", q_BLGRH, k_BSGH, preferred_element_type=jnp.float32)
-    scores_BGRLS = jnp.where(visible_BLS[:, None, None], scores_BGRLS, jnp.finfo(jnp.float32).min)
-    probs_BGRLS = jax.nn.softmax(scores_BGRLS).astype(v_BSGH.dtype)
-    return jnp.einsum("bgrls,bsgh->blgrh", probs_BGRLS, v_BSGH).reshape(batch, length, heads, head_dim)
+    groups = k_BSGH.shape[2]
+    # Heads before positions, so that every head's matmuls read rows that lie together.
+    q_BGRLH = jnp.transpose((q_BLQH * head_dim**-0.5).reshape(batch, length, groups, -1, head_dim), (0, 2, 3, 1, 4))
+    k_BGSH, v_BGSH = jnp.swapaxes(k_BSGH, 1, 2), jnp.swapaxes(v_BSGH, 1, 2)
+
+    def block(begin: int, end: int, keys: int) -> Array:
+        rows_BGNH = q_BGRLH[:, :, :, begin:end].reshape(batch, groups, -1, head_dim)
+        scores_BGNS = jnp.einsum("bgnh,bgsh->bgns", rows_BGNH, k_BGSH[:, :, :keys], preferred_element_type=jnp.float32)
+        scores_BGRLS = jnp.where(visible_BLS[:, None, None, begin:end, :keys],
+                                 scores_BGNS.reshape(batch, groups, -1, end - begin, keys), jnp.finfo(jnp.float32).min)
+        probs_BGNS = jax.nn.softmax(scores_BGRLS).astype(v_BSGH.dtype).reshape(scores_BGNS.shape)
+        return jnp.einsum("bgns,bgsh->bgnh", probs_BGNS, v_BGSH[:, :, :keys]).reshape(
+            batch, groups, -1, end - begin, head_dim)
+
+    if causal:
+        size = max(QUERY_BLOCK, -(-length // MOST_BLOCKS))
+        bounds = [(begin, min(begin + size, length)) for begin in range(0, length, size)]
+        o_BGRLH = jnp.concatenate([block(begin, end, end) for begin, end in bounds], axis=3)
+    else:
+        o_BGRLH = block(0, length, k_BSGH.shape[1])
+    return jnp.transpose(o_BGRLH, (0, 3, 1, 2, 4)).reshape(q_BLQH.shape)
 
 
 class Attention(nn.Module):
@@ -89,7 +110,12 @@ class Attention(nn.Module):
             k_BSGH = jax.lax.dynamic_update_slice_in_dim(cache.k_BSGH, k_BSGH, at, axis=1)
             v_BSGH = jax.lax.dynamic_update_slice_in_dim(cache.v_BSGH, v_BSGH, at, axis=1)
             cache = Cache(k_BSGH, v_BSGH)
-        o_BLQH = attend(q_BLQH, k_BSGH, v_BSGH, visible_BLS)
+        # With the sequence split over the context axis, each device keeps its queries and gathers all keys and values.
+        q_BLQH = sharding.constrain(q_BLQH, "batch", "length", "q_heads", None)
+        k_BSGH, v_BSGH = (sharding.constrain(a, "batch", None, "kv_heads", None) for a in (k_BSGH, v_BSGH))
+        mesh = sharding.current_mesh()
+        whole = mesh is None or mesh.shape[axes.CONTEXT] == 1
+        o_BLQH = attend(q_BLQH, k_BSGH, v_BSGH, visible_BLS, causal=cache is None and whole)
         w_o_QHD = self.param("w_o", nn.with_logical_partitioning(
             nn.initializers.normal(self.out_scale * (self.heads * self.head_dim)**-0.5),
             ("q_heads", "head_dim", "embed")), (self.heads, self.head_dim, width))

@@ -37,8 +37,11 @@ class Embedding(nn.Module):
         table_VD = sharding.constrain(self.table_VD, "vocab", None)
         return sharding.constrain(table_VD[tokens_BL].astype(self.dtype), "batch", "length", None)
 
+    def head(self) -> Array:
+        """What turns activations into scores, [D, V]."""
+        return self.table_VD.T if self.tied else self.head_DV
+
     def logits(self, x_BLD: Array) -> Array:
         """Scores over the vocabulary, float32 [B, L, V]."""
-        head_DV = self.table_VD.T if self.tied else self.head_DV
-        logits_BLV = jnp.einsum("bld,dv->blv", x_BLD, head_DV.astype(self.dtype), preferred_element_type=jnp.float32)
+        logits_BLV = jnp.einsum("bld,dv->blv", x_BLD, self.head().astype(self.dtype), preferred_element_type=jnp.float32)
         return sharding.constrain(logits_BLV, "batch", "length", "vocab")

@@ -7,7 +7,7 @@ from typing import Any, Sequence
 import jax
 import numpy as np
 
-from moejax.moe.types import LayerRecord
+from moejax.moe.types import ExpertLoad, LayerRecord
 
 
 def total_records(batches: Sequence[Sequence[LayerRecord]]) -> list[LayerRecord]:
@@ -26,19 +26,34 @@ def routing_summary(records: Sequence[LayerRecord]) -> dict[str, Any]:
 
     Returns:
       Lists with one entry a sparse layer: `moe/load` (share of the pairs per expert, before dropping), `moe/dropped`
-      (share of the pairs), `moe/entropy` (mean nats a token of the router's distribution), `moe/max_vio` (largest load
-      over the mean, less 1; 2408.15664), `moe/dead` (experts without a token).
+      (share of the pairs), `moe/replayed` (share that did not fit in a transport's buffers, so that the layer took
+      another), `moe/entropy` (mean nats a token of the router's distribution), `moe/max_vio` (largest load over the mean,
+      less 1; 2408.15664), `moe/dead` (experts without a token).
+
+    Raises:
+      RuntimeError: an expert received other than what was sent to it less what was dropped. Never the user's fault.
     """
-    summary = {"moe/load": [], "moe/dropped": [], "moe/entropy": [], "moe/max_vio": [], "moe/dead": []}
-    for record in records:
+    summary = {f"moe/{name}": [] for name in ("load", "dropped", "replayed", "entropy", "max_vio", "dead")}
+    for layer, record in enumerate(records):
+        check_accounts(layer, record.load)
         assigned_E = np.asarray(record.load.assigned_E, np.float64)
         pairs = max(assigned_E.sum(), 1.0)
         summary["moe/load"].append([round(share, 6) for share in (assigned_E / pairs).tolist()])
         summary["moe/dropped"].append(float(np.asarray(record.load.dropped_E).sum() / pairs))
+        summary["moe/replayed"].append(float(np.asarray(record.load.replayed_E).sum() / pairs))
         summary["moe/entropy"].append(float(record.load.entropy / max(int(record.load.tokens), 1)))
         summary["moe/max_vio"].append(float(assigned_E.max() / (pairs / len(assigned_E)) - 1))
         summary["moe/dead"].append(int((assigned_E == 0).sum()))
     return summary if records else {}
+
+
+def check_accounts(layer: int, load: ExpertLoad) -> None:
+    """Raises `RuntimeError` unless every expert received what was sent to it less what was dropped."""
+    sent_E, dropped_E, received_E = (np.asarray(a) for a in (load.assigned_E, load.dropped_E, load.received_E))
+    for expert in np.flatnonzero(sent_E != received_E + dropped_E)[:1]:
+        raise RuntimeError(f"sparse layer {layer}, expert {expert}: {sent_E[expert]:.0f} pairs were sent, "
+                           f"{received_E[expert]:.0f} received and {dropped_E[expert]:.0f} dropped; tokens were lost on "
+                           "the way, which is a defect of moejax: please report it with config.json")
 
 
 def loss_summary(records: Sequence[LayerRecord]) -> dict[str, list[float]]:

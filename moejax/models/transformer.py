@@ -33,12 +33,16 @@ REMAT_POLICIES = {
 class ModelOutput:
     """What a forward pass returns.
 
+    What is not used costs nothing under `jax.jit`.
+
     Attributes:
+      x_BLD: the last activations, of which the head makes the logits.
       logits_BLV: float32.
       records: per stack and sparse block, a `LayerRecord` with a leading axis over the stack's repeats.
       cache: like the one given, filled; or None.
     """
 
+    x_BLD: Array
     logits_BLV: Array
     records: dict[str, dict[str, LayerRecord]]
     cache: Any
@@ -176,7 +180,7 @@ class Transformer(nn.Module):
             if stack_cache:
                 new_cache[name] = stack_cache
         x_BLD = RMSNorm(model.norm_eps, name="final_norm")(x_BLD)
-        return ModelOutput(embedding.logits(x_BLD), records, new_cache or None)
+        return ModelOutput(x_BLD, embedding.logits(x_BLD), records, new_cache or None)
 
 
 def build(config: Config) -> Transformer:
@@ -212,6 +216,12 @@ def boxed_params(model: Transformer, key: Array) -> Any:
     shape = (1, 1) if mesh is None else (sharding.size(mesh, axes.BATCH_AXES), sharding.size(mesh, (axes.CONTEXT,)))
     tokens = jnp.zeros(shape, jnp.int32)
     return model.init(key, tokens, tokens, tokens, initial_router_state(model.model, model.moe))["params"]
+
+
+def head(model: Transformer, params: Mapping[str, Any]) -> Array:
+    """The matrix that turns the last activations into logits, float32 [D, V]."""
+    embedding = Embedding(model.model.vocab_size, model.model.embed, model.model.tie_embeddings, model.dtype)
+    return embedding.apply({"params": params["embedding"]}, method=Embedding.head)
 
 
 def visibility(segments_BL: Array, cached_segments_BS: Array | None, at: Array | None) -> Array:

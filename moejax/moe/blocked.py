@@ -19,13 +19,17 @@ from jax import Array
 from moejax import sharding
 from moejax.layers.mlp import dropout, gated
 
-STEPS = 6
-"""Sizes of last blocks: more waste less on padding and take longer to compile."""
+STEPS = 12
+"""Sizes of last blocks: more waste less on rows of nothing and take longer to compile."""
 
 
 def fit_block(block_rows: int, pairs: int, num_experts: int) -> int:
-    """Rows of a block for a list of this length: no more than the power of two above twice an expert's mean share."""
-    return min(block_rows, 1 << (max(1, 2 * pairs // num_experts) - 1).bit_length())
+    """Rows of a block for a list of this length: one and a half times an expert's mean share, in whole steps.
+
+    At balance an expert then is a single block; larger ones would only make larger steps.
+    """
+    share = -(-3 * pairs // (2 * num_experts))
+    return min(block_rows, -(-share // STEPS) * STEPS)
 
 
 def step_rows(block_rows: int) -> int:
@@ -55,7 +59,7 @@ def feed_forward(x_RD: Array, sizes_E: Array, w_in_EDF: Array, w_out_EFD: Array,
       dropout_rate: of the hidden units.
 
     Returns:
-      y_RD; where rows beyond the groups are zero, so are their results.
+      y_RD; beyond the groups, anything finite.
     """
     return _forward(x_RD, sizes_E, w_in_EDF, w_out_EFD, key, block_rows, dropout_rate)[0]
 
@@ -86,32 +90,31 @@ def _backward(block_rows, dropout_rate, saved, dy_RD):
         return jnp.einsum("bd,bf->df", a_bD, b_bF, preferred_element_type=jnp.float32)
 
     def expert(e: Array, carry: Any) -> Any:
-        dx_RD, dw_in_EDF, dw_out_EFD = carry
         w_in_DF, w_out_FD = w_in_EDF[e], w_out_EFD[e]
 
         def block(carry: Any, start: Array, end: Array, rows: int, last: bool) -> Any:
-            dx_RD, dw_in_DF, dw_out_FD = carry
+            dx_RD, dw_in_EDF, dw_out_EFD = carry
             dy_bD = _rows(dy_RD, start, rows)
             if last:
                 dy_bD = jnp.where((start + jnp.arange(rows) < end)[:, None], dy_bD, 0)
             a_bF, pull = jax.vjp(lambda h_bF: _activate(h_bF, key, start, dropout_rate), _rows(h_RF, start, rows))
             dh_bF, = pull(dy_bD @ w_out_FD.T)
-            in_DF, out_FD = weight_gradient(_rows(x_RD, start, rows), dh_bF), weight_gradient(a_bF, dy_bD)
-            if not last:  # the last block comes first, so it has nothing to add to
-                in_DF, out_FD = dw_in_DF + in_DF, dw_out_FD + out_FD
-            return _write(dx_RD, dh_bF @ w_in_DF.T, start), in_DF, out_FD
+            dw_in_EDF = add(dw_in_EDF, weight_gradient(_rows(x_RD, start, rows), dh_bF), last)
+            dw_out_EFD = add(dw_out_EFD, weight_gradient(a_bF, dy_bD), last)
+            return _write(dx_RD, dh_bF @ w_in_DF.T, start), dw_in_EDF, dw_out_EFD
 
-        zeros = (zeros_like(w_in_DF, jnp.float32), zeros_like(w_out_FD, jnp.float32))
-        dx_RD, dw_in_DF, dw_out_FD = _over_blocks(block, sizes_E, e, block_rows, x_RD.shape[0], (dx_RD, *zeros))
-        return (dx_RD, jax.lax.dynamic_update_index_in_dim(dw_in_EDF, dw_in_DF.astype(w_in_EDF.dtype), e, 0),
-                jax.lax.dynamic_update_index_in_dim(dw_out_EFD, dw_out_FD.astype(w_out_EFD.dtype), e, 0))
+        def add(sum_EDF: Array, new_DF: Array, first: bool) -> Array:
+            # The last block comes first, so it has nothing to add to.
+            return jax.lax.dynamic_update_index_in_dim(sum_EDF, new_DF if first else sum_EDF[e] + new_DF, e, 0)
 
-    def zeros_like(a: Array, dtype: Any) -> Array:
+        return _over_blocks(block, sizes_E, e, block_rows, x_RD.shape[0], carry)
+
+    def zeros(a: Array, dtype: Any) -> Array:
         return sharding.varying_like(jnp.zeros(a.shape, dtype), x_RD)
 
-    dx_RD, dw_in_EDF, dw_out_EFD = jax.lax.fori_loop(0, sizes_E.shape[0], expert, tuple(
-        zeros_like(a, a.dtype) for a in (x_RD, w_in_EDF, w_out_EFD)))
-    return dx_RD, None, dw_in_EDF, dw_out_EFD, None
+    dx_RD, dw_in_EDF, dw_out_EFD = jax.lax.fori_loop(0, sizes_E.shape[0], expert, (
+        zeros(x_RD, x_RD.dtype), zeros(w_in_EDF, jnp.float32), zeros(w_out_EFD, jnp.float32)))
+    return dx_RD, None, dw_in_EDF.astype(w_in_EDF.dtype), dw_out_EFD.astype(w_out_EFD.dtype), None
 
 
 feed_forward.defvjp(_forward, _backward)

@@ -14,7 +14,7 @@ def feed_forward(x_RD: Array, sizes_E: Array, w_in_ED2F: Array, w_out_EFD: Array
 
     Args:
       x_RD: rows; the first sizes_E[0] belong to expert 0, and so on. Behind the groups lie at least
-        `spare_rows(compute, block_rows)` rows of zeros, which give zeros.
+        `spare_rows(compute, block_rows)` more rows, whose results are anything, not a number included.
       sizes_E: int32.
       w_in_ED2F: gate and up projections.
       w_out_EFD: down projection.
@@ -50,5 +50,10 @@ def choose_compute(compute: str) -> str:
 
 
 def spare_rows(compute: str, block_rows: int) -> int:
-    """Rows of zeros that must lie behind the groups."""
+    """Rows that must lie behind the groups."""
     return blocked.step_rows(block_rows) if compute == "blocked" else 0
+
+
+def row_multiple(compute: str) -> int:
+    """What the number of rows should be a multiple of: the TPU kernel's tile, the largest power of two in it, up to 256."""
+    return 256 if compute == "ragged_dot" else 1

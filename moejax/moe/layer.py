@@ -43,8 +43,9 @@ def mixture(config: MoEConfig, router_parameters: Mapping[str, Array], state: Ma
                   key: Array | None) -> Moved:
         compute = experts.choose_compute(config.compute)
         block_rows = blocked.fit_block(config.block_rows, assignments.expert_N.shape[0], w_in_ED2F.shape[0])
-        spare = experts.spare_rows(compute, block_rows)
-        plan = dispatcher.plan(assignments, Sizes(x_TD.shape[0], w_in_ED2F.shape[0], spare, config.buffer_factor))
+        plan = dispatcher.plan(assignments, Sizes(
+            x_TD.shape[0], w_in_ED2F.shape[0], experts.spare_rows(compute, block_rows), experts.row_multiple(compute),
+            config.buffer_factor))
 
         def move(x_TD: Array, w_in_ED2F: Array, w_out_EFD: Array) -> tuple[Array, Array]:
             rows = dispatcher.dispatch(x_TD, plan)

@@ -19,15 +19,15 @@ class Functions(NamedTuple):
     """What a step is made of.
 
     Attributes:
-      forward: (params, router_state, batch, train, key, totals, loads) -> (logits_BLV, records).
-      objective: (logits_BLV, targets_BL, mask_BL) -> (sum to minimise, sums to report).
+      forward: (params, router_state, batch, train, key, totals, loads) -> (x_BLD, records).
+      objective: (params, x_BLD, targets_BL, mask_BL) -> (sum to minimise, sums to report).
       loads: records -> the `loads` argument of `forward`; None if no loss needs the load of the whole batch.
       update_router: (router_state, records) -> router_state.
       loss_weights: weight of each router loss, which is averaged over the sparse layers.
     """
 
     forward: Callable[..., tuple[Array, Any]]
-    objective: Callable[[Array, Array, Array], tuple[Array, dict[str, Array]]]
+    objective: Callable[[Any, Array, Array, Array], tuple[Array, dict[str, Array]]]
     loads: Callable[[Any], Any] | None
     update_router: Callable[[Any, Any], Any]
     loss_weights: Mapping[str, float]
@@ -63,8 +63,8 @@ def gradients(functions: Functions, state: TrainState, batch: Batch, parts: int)
     targets = jnp.maximum(jnp.sum(batch["mask"], dtype=jnp.float32), 1.0)
 
     def loss(params: Any, part: Batch, part_key: Array, loads: Any) -> tuple[Array, tuple[dict[str, Array], Any]]:
-        logits_BLV, records = functions.forward(params, state.router_state, part, True, part_key, totals, loads)
-        objective, sums = functions.objective(logits_BLV, part["targets"], part["mask"])
+        x_BLD, records = functions.forward(params, state.router_state, part, True, part_key, totals, loads)
+        objective, sums = functions.objective(params, x_BLD, part["targets"], part["mask"])
         means = {name: value / targets for name, value in sums.items()}
         return objective / targets + auxiliary_loss(records, functions.loss_weights), (means, records)
 

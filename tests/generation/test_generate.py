@@ -11,8 +11,8 @@ from moejax.generation import cache, generate, prompts, score
 from moejax.models import transformer
 
 V, CONTEXT = 31, 20
-SPARSE = {"first_dense": 1, "num_experts": 6, "ffn": 10, "block_rows": 4, "capacity_factor": 0.5}
-BIASED = {"every": 2, "num_experts": 5, "ffn": 10, "block_rows": 4, "score": "sigmoid", "bias_rate": 0.1,
+SPARSE = {"first_dense": 1, "num_experts": 6, "ffn": 10, "block_rows": 2, "capacity_factor": 0.5}
+BIASED = {"every": 2, "num_experts": 5, "ffn": 10, "block_rows": 2, "score": "sigmoid", "bias_rate": 0.1,
           "shared_experts": 1}
 PROMPTS = [[4, 9, 2], [7], [4, 9, 2], [1, 30, 12, 5, 8, 8, 3]]
 SAMPLED = {"temperature": 2.5, "top_k": 12, "top_p": 0.95, "repetition_penalty": 1.2, "seed": 3}

@@ -29,8 +29,22 @@ def test_attention_is_the_formula():
     q, k, v = rng.normal(size=(2, 5, 6, 4)), rng.normal(size=(2, 7, 3, 4)), rng.normal(size=(2, 7, 3, 4))
     visible = rng.random((2, 5, 7)) < 0.6
     visible[:, :, 0] = True
-    got = attend(jnp.float32(q), jnp.float32(k), jnp.float32(v), visible)
+    got = attend(jnp.float32(q), jnp.float32(k), jnp.float32(v), visible, causal=False)
     np.testing.assert_allclose(got, numpy_attention(q, k, v, visible), atol=1e-5)
+
+
+@pytest.mark.parametrize("length", [5, 130, 257])
+def test_blocks_of_causal_attention_are_the_formula_and_have_its_gradients(length):
+    rng = np.random.default_rng(1)
+    q, k, v = (rng.normal(size=(1, length, heads, 4)).astype(np.float32) for heads in (4, 2, 2))
+    visible = np.tril(rng.random((1, length, length)) < 0.6) | np.eye(length, dtype=bool)
+
+    def run(causal):
+        return jax.jit(jax.value_and_grad(lambda *qkv: jnp.sum(jnp.sin(attend(*qkv, visible, causal))), argnums=(0, 1, 2)))
+
+    np.testing.assert_allclose(attend(q, k, v, visible, causal=True), numpy_attention(q, k, v, visible), atol=1e-5)
+    blocks, whole = run(True)(q, k, v), run(False)(q, k, v)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), blocks, whole)
 
 
 def test_rotary_scores_depend_on_distance_alone():

@@ -21,8 +21,17 @@ def test_routing_summary_by_hand():
     summary = record.routing_summary([layer([6, 2, 0, 0], [3, 2, 0, 0], 4, 4 * math.log(2)),
                                       layer([2, 2, 2, 2], [2, 2, 2, 2], 4, 0)])
     assert summary == {"moe/load": [[0.75, 0.25, 0, 0], [0.25] * 4], "moe/dropped": [0.375, 0.0],
-                       "moe/entropy": [pytest.approx(math.log(2)), 0.0], "moe/max_vio": [2.0, 0.0], "moe/dead": [2, 0]}
+                       "moe/replayed": [0.0, 0.0], "moe/entropy": [pytest.approx(math.log(2)), 0.0],
+                       "moe/max_vio": [2.0, 0.0], "moe/dead": [2, 0]}
     assert record.routing_summary([]) == {} == record.loss_summary([])
+
+
+def test_a_record_in_which_an_expert_received_other_than_what_was_sent_is_refused():
+    whole = layer([6, 2], [3, 2], 4, 0.0)
+    record.routing_summary([whole])
+    torn = whole.replace(load=whole.load.replace(received_E=np.array([3, 1])))
+    with pytest.raises(RuntimeError, match="layer 1, expert 1: 2 pairs were sent, 1 received and 0 dropped"):
+        record.routing_summary([whole, torn])
 
 
 def test_batches_add_up():

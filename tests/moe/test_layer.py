@@ -14,6 +14,7 @@ from moe_reference import B, D, E, F, K, L, T, assert_close, config_of, context,
 from moejax import config as configs
 from moejax import sharding
 from moejax.config import UserError
+from moejax.metrics.record import routing_summary, total_records
 from moejax.models import transformer
 from moejax.moe.dispatch import DISPATCHERS
 from moejax.moe.layer import MixtureOfExperts, choose_dispatcher, mixture
@@ -41,6 +42,29 @@ def gradient_of(config, where, dy_TD, aux=0.0):
         y_TD, record = run(config, leaves, where)
         return jnp.sum(y_TD * dy_TD) + aux * sum(record.losses.values()), (y_TD, record)
     return jax.jit(jax.grad(total, has_aux=True))
+
+
+@pytest.mark.parametrize("dispatch", ["dense", "sort"])
+def test_a_transport_that_loses_a_row_is_caught_by_the_record(dispatch, monkeypatch):
+    """Sent = received + dropped; the tokens received are counted where the experts compute, not copied from the router."""
+    way = DISPATCHERS[dispatch]
+
+    def lossy(assignments, sizes):
+        first = jnp.argmax(assignments.valid_N)
+        kept_N = assignments.valid_N & (jnp.arange(assignments.valid_N.shape[0]) != first)
+        return way.plan(assignments.replace(valid_N=kept_N), sizes)
+
+    given, where = inputs(1), context(inputs(1).mask_T)
+    config = config_of(dispatch=dispatch, capacity_factor=0.75)
+
+    def record():
+        fresh = jax.jit(functools.partial(mixture, config))
+        return total_records([[fresh(given.router, {}, given.w_in_ED2F, given.w_out_EFD, given.x_TD, where, None)[1]]])
+
+    assert record()[0].load.dropped_E.sum() > 0 and routing_summary(record())["moe/dropped"][0] > 0
+    monkeypatch.setitem(DISPATCHERS, dispatch, way._replace(plan=lossy))
+    with pytest.raises(RuntimeError, match="sparse layer 0, expert .*: .* pairs were sent"):
+        routing_summary(record())
 
 
 @pytest.mark.parametrize("config", [
@@ -251,8 +275,9 @@ def test_shared_experts_see_every_token_and_their_output_counts():
 
 
 def test_without_a_mesh_auto_sorts_and_an_expert_choice_list_is_fine():
-    assert choose_dispatcher("auto", local=True) is choose_dispatcher("auto", local=False) is DISPATCHERS["sort"]
-    assert choose_dispatcher("sort", local=False) is DISPATCHERS["sort"]
+    for name in ("auto", "sort", "all_gather", "all_to_all", "ragged"):  # all is at hand
+        assert choose_dispatcher(config_of(dispatch=name), local=True) is DISPATCHERS["sort"]
+        assert choose_dispatcher(config_of(dispatch=name), local=False) is DISPATCHERS["sort"]
 
 
 def test_a_decoder_refuses_a_router_that_looks_ahead():

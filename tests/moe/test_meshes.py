@@ -96,23 +96,45 @@ def parameters_for(router):
     return params
 
 
-def loss_and_gradients(router, dispatch):
-    config = config_for(router, dispatch)
+def loss_function(config):
     module, batch = transformer.build(config), batch_and_state(config)
 
-    def loss(params):
-        out = module.apply({"params": params}, *batch, train=True)
+    def loss(params, state):
+        out = module.apply({"params": params}, *batch[:3], state, train=True)
         log_probs_BLV = jax.nn.log_softmax(out.logits_BLV)
         own_BL = jnp.take_along_axis(log_probs_BLV, batch[0][..., None], axis=2)[..., 0]
-        records = transformer.in_order(out.records)
-        return -jnp.mean(own_BL * (batch[2] > 0)) + sum(sum(record.losses.values()) for record in records), records
+        losses = sum(sum(record.losses.values()) for record in transformer.in_order(out.records))
+        return -jnp.mean(own_BL * (batch[2] > 0)) + losses, out.records
 
-    return jax.device_get(jax.jit(jax.value_and_grad(loss, has_aux=True))(parameters_for(router)))
+    return jax.value_and_grad(loss, has_aux=True), batch[3]
+
+
+def loss_and_gradients(router, dispatch):
+    differentiate, state = loss_function(config_for(router, dispatch))
+    (loss, records), gradients = jax.device_get(jax.jit(differentiate)(parameters_for(router), state))
+    return (loss, transformer.in_order(records)), gradients
 
 
 @functools.cache
 def oracle(router):
-    return loss_and_gradients(router, "dense")
+    """The dense oracle on one device, all of it in float64: the code asks for float32 by the name `jnp.float32`."""
+    parameters_for(router)  # made in float32
+    with jax.enable_x64(True), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jnp, "float32", jnp.float64)
+        patch.setattr(transformer, "build", functools.partial(double, transformer.build))
+        return double_loss_and_gradients(router)
+
+
+def double(build, config):
+    return build(config).clone(dtype=jnp.float64)
+
+
+def double_loss_and_gradients(router):
+    differentiate, state = loss_function(config_for(router, "dense"))
+    wide = jax.tree.map(lambda a: np.asarray(a, np.float64), (parameters_for(router), state))
+    (loss, records), gradients = jax.device_get(jax.jit(differentiate)(*wide))
+    assert {a.dtype for a in jax.tree.leaves((loss, gradients))} == {np.dtype(np.float64)}
+    return (loss, transformer.in_order(records)), gradients
 
 
 @pytest.mark.parametrize("mesh, router, dispatch", CASES)
@@ -122,10 +144,11 @@ def test_loss_and_every_gradient_on_a_mesh_equal_the_dense_oracle_on_one_device(
         (loss, records), gradients = loss_and_gradients(router, dispatch)
     np.testing.assert_allclose(loss, want_loss, rtol=1e-6)
     for record, want_record in zip(records, want_records, strict=True):
-        jax.tree.map(np.testing.assert_array_equal, record.load.assigned_E, want_record.load.assigned_E)
-        jax.tree.map(np.testing.assert_array_equal, record.load.received_E, want_record.load.received_E)
-        assert record.load.tokens == want_record.load.tokens
-        assert router != "bias" or record.load.assigned_E[-1] == 0, "an expert must be empty"
+        load, want_load = record.load, want_record.load
+        for name in ("assigned_E", "dropped_E", "received_E", "tokens"):
+            np.testing.assert_array_equal(getattr(load, name), getattr(want_load, name))
+        np.testing.assert_array_equal(load.assigned_E, load.received_E + load.dropped_E)
+        assert router != "bias" or load.assigned_E[-1] == 0, "an expert must be empty"
 
     def compare(path, got, wanted):
         per_expert = path[-1].key in ("w_in", "w_out")
@@ -133,6 +156,59 @@ def test_loss_and_every_gradient_on_a_mesh_equal_the_dense_oracle_on_one_device(
         assert_close(got, wanted, per_expert=per_expert)
 
     jax.tree_util.tree_map_with_path(compare, gradients, want)
+
+
+STEPS, RATE = 5, 0.1
+
+
+def after_five_steps(router, dispatch):
+    """Losses of five steps of gradient descent in which the bias moves too, and the parameters after them."""
+    config = config_for(router, dispatch)
+    differentiate, state = loss_function(config)
+
+    @jax.jit
+    def step(params, state):
+        (loss, records), gradients = differentiate(params, state)
+        params = jax.tree.map(lambda p, g: p - RATE * g, params, gradients)
+        return params, transformer.update_router_state(config.moe, state, records), loss
+
+    params, losses = parameters_for(router), []
+    for _ in range(STEPS):
+        params, state, loss = step(params, state)
+        losses.append(float(loss))
+    return losses, jax.device_get((params, state))
+
+
+@functools.cache
+def five_steps_of_the_oracle(router):
+    return after_five_steps(router, "dense")
+
+
+@pytest.mark.parametrize("mesh, router, dispatch", CASES)
+def test_five_steps_on_a_mesh_equal_those_of_the_dense_oracle_on_one_device(mesh, router, dispatch):
+    want_losses, (want, want_state) = five_steps_of_the_oracle(router)
+    with jax.set_mesh(sharding.make_mesh(MESHES[mesh])):
+        losses, (params, state) = after_five_steps(router, dispatch)
+    assert want_losses[-1] < want_losses[0]
+    np.testing.assert_allclose(losses, want_losses, rtol=1e-5)
+    jax.tree.map(assert_close, params, want)
+    jax.tree.map(np.testing.assert_array_equal, state, want_state)
+
+
+@pytest.mark.parametrize("dispatch", ["all_to_all", "ragged"])
+@pytest.mark.parametrize("buffer_factor, overflows", [(0.5, True), (1.0, True), (8.0, False), (None, False)])
+def test_a_buffer_that_is_too_small_is_counted_and_the_layer_replayed_without_loss(dispatch, buffer_factor, overflows):
+    """At buffer_factor 1 the skew alone overflows; at 8 devices times the mean, nothing can."""
+    (want_loss, [want_record]), want = oracle("topk")
+    differentiate, state = loss_function(config_for("topk", dispatch, buffer_factor=buffer_factor))
+    with jax.set_mesh(sharding.make_mesh(MESHES["expert8"])):
+        (loss, records), gradients = jax.device_get(jax.jit(differentiate)(parameters_for("topk"), state))
+    [record] = transformer.in_order(records)
+    assert (record.load.replayed_E.sum() > 0) == overflows
+    assert (record.load.replayed_E <= record.load.assigned_E).all()
+    np.testing.assert_array_equal(record.load.received_E, want_record.load.assigned_E)
+    np.testing.assert_allclose(loss, want_loss, rtol=1e-6)
+    jax.tree.map(assert_close, gradients, want)
 
 
 def lone_layer(config, tokens, sequences):
@@ -211,7 +287,9 @@ def shapes_and_names(router):
 def test_parameters_lie_where_the_rules_say():
     shapes, names = shapes_and_names("topk")
     mesh = sharding.make_mesh(MESHES["data2 expert2 model2"])
-    sharding.validate(shapes, names, mesh)
+    planned = {place.name: place for place in sharding.placements(shapes, names, mesh)}
+    assert planned["stack_0/block_0/moe/w_in"].parts == 8
+    assert planned["stack_0/block_0/moe/w_in"].bytes == E // 2 * 16 // 2 * 2 * 10 // 2 * 4
     placed = jax.tree.map(jax.device_put, parameters(), sharding.shardings(names, mesh))
     moe = placed["stack_0"]["block_0"]["moe"]
     assert {shard.data.shape for shard in moe["w_in"].addressable_shards} == {(1, E // 2, 16 // 2, 2, 10 // 2)}
@@ -222,7 +300,7 @@ def test_what_a_mesh_cannot_divide_is_refused_with_the_name_of_the_parameter():
     shapes, names = shapes_and_names("topk")
     shapes["stack_0"]["block_0"]["moe"]["w_in"] = jax.ShapeDtypeStruct((1, 6, 16, 2, 10), jnp.float32)
     with pytest.raises(UserError, match="stack_0/block_0/moe/w_in: dimension experts=6 .* expert of size 4"):
-        sharding.validate(shapes, names, sharding.make_mesh(MESHES["data2 expert4"]))
+        sharding.placements(shapes, names, sharding.make_mesh(MESHES["data2 expert4"]))
 
 
 WRONG_AXES = pytest.mark.parametrize("wrong, complaint", [
@@ -239,7 +317,26 @@ def test_an_unknown_logical_axis_and_a_mesh_axis_used_twice_are_refused(wrong, c
 def test_validation_names_the_parameter_whose_axes_are_wrong(wrong, complaint):
     shapes = {"layer": {"w": jax.ShapeDtypeStruct((8, 8), jnp.float32)}}
     with pytest.raises((UserError, ValueError), match=f"layer/w.*{complaint}"):
-        sharding.validate(shapes, {"layer": {"w": wrong}}, sharding.make_mesh(MESHES["data8"]))
+        sharding.placements(shapes, {"layer": {"w": wrong}}, sharding.make_mesh(MESHES["data8"]))
+
+
+def test_a_large_parameter_that_would_lie_whole_on_every_device_is_refused():
+    shapes, names = shapes_and_names("topk")
+    for mesh, refused in (("data8", False), ("expert8", True)):
+        mesh = sharding.make_mesh(MESHES[mesh])
+        placed = sharding.placements(shapes, names, mesh)
+        sharding.validate(placed, mesh, replicated_mib=1)
+        if refused:
+            with pytest.raises(UserError, match="parameter embedding/head: .* whole on each of the 8 devices.*mesh.data"):
+                sharding.validate(placed, mesh, replicated_mib=0.0007)
+
+
+def test_the_table_of_placements_names_shape_split_and_bytes():
+    shapes, names = shapes_and_names("topk")
+    lines = sharding.table(sharding.placements(shapes, names, sharding.make_mesh(MESHES["data2 expert4"]))).splitlines()
+    row, = (line for line in lines if line.startswith("stack_0/block_0/moe/w_in"))
+    assert row.split()[1:] == ["1x8x16x2x10", "-,", "expert,", "data,", "-,", "model", "8", f"{8 * 16 * 2 * 10 * 4 // 8:,}"]
+    assert lines[-1].startswith("in all") and len({len(line) for line in lines}) == 1
 
 
 def test_rules_cover_the_legend_and_a_spec_names_all_axes_of_a_dimension():

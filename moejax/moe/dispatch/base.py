@@ -13,7 +13,8 @@ class Sizes(NamedTuple):
     Attributes:
       tokens: T.
       experts: those that this device holds.
-      spare: rows of zeros that the experts want behind theirs.
+      spare: rows that the experts want behind theirs, at least.
+      multiple: what the number of all rows must be a multiple of.
       buffer_factor: rows that a device has room to receive, over its own number of pairs; None for the worst case.
         Only bounded transports ask for it.
     """
@@ -21,6 +22,7 @@ class Sizes(NamedTuple):
     tokens: int
     experts: int
     spare: int
+    multiple: int = 1
     buffer_factor: float | None = None
 
 

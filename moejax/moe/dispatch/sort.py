@@ -19,7 +19,8 @@ class SortPlan:
 
     Attributes:
       sizes_E: rows of each expert; those of expert 0 come first, and so on.
-      weight_N: of each pair; 0 where it is not valid.
+      weight_N: of each pair; 0 where it has no row.
+      used_N: float32, 1 for pairs that have a row and 0 for others.
       row_N: the row of each pair.
       pair_R: the pair of each row.
       token_N: the token of each pair.
@@ -30,6 +31,7 @@ class SortPlan:
 
     sizes_E: Array
     weight_N: Array
+    used_N: Array
     row_N: Array
     pair_R: Array
     token_N: Array
@@ -39,9 +41,9 @@ class SortPlan:
 
 
 def plan(assignments: Assignments, sizes: Sizes) -> SortPlan:
-    """Orders the valid pairs by expert, keeping list order within one, with `spare` rows of nothing behind them."""
+    """Orders the valid pairs by expert, keeping list order within one, with rows of nothing behind them."""
     pairs, num_experts = assignments.expert_N.shape[0], sizes.experts
-    rows = pairs + sizes.spare
+    rows = -(-(pairs + sizes.spare) // sizes.multiple) * sizes.multiple
     expert_N = jnp.where(assignments.valid_N, assignments.expert_N, num_experts)
     sorted_N, order_N = jax.lax.sort((expert_N, jnp.arange(pairs, dtype=jnp.int32)), num_keys=1, is_stable=True)
     sizes_E = jnp.diff(jnp.searchsorted(sorted_N, jnp.arange(num_experts + 1)).astype(jnp.int32))
@@ -57,36 +59,34 @@ def lay_out(assignments: Assignments, row_N: Array, rows: int, tokens: int, size
         jnp.arange(pairs, dtype=jnp.int32), mode="drop", unique_indices=True)
     token_R = assignments.token_N.at[pair_R].get(mode="fill", fill_value=tokens)
     weight_N = jnp.where(row_N < rows, assignments.weight_N, 0)
-    return SortPlan(sizes_E, weight_N, row_N, pair_R, assignments.token_N, token_R, tokens, assignments.choices)
+    return SortPlan(sizes_E, weight_N, (row_N < rows).astype(jnp.float32), row_N, pair_R, assignments.token_N, token_R,
+                    tokens, assignments.choices)
 
 
 def take(x: Array, index: Array) -> Array:
-    """Rows of x; zeros where the index points past the end."""
-    return x.at[index].get(mode="fill", fill_value=0)
+    """Rows of x; any row where the index points past the end: what is read there must not count."""
+    return jnp.take(x, index, axis=0, mode="clip")
 
 
-def sum_per_token(x_RD: Array, weight_N: Array | None, plan: SortPlan) -> Array:
-    """Adds up, in float32, the (weighted) rows of every token: [T, D]."""
+def sum_per_token(x_RD: Array, weight_N: Array, plan: SortPlan) -> Array:
+    """Adds up, in float32, the weighted rows of every token: [T, D]. A weight of 0 leaves a pair out, whatever it holds."""
     if plan.choices:
         x_TKD = take(x_RD, plan.row_N).reshape(plan.tokens, plan.choices, -1).astype(jnp.float32)
-        if weight_N is not None:
-            x_TKD = x_TKD * weight_N.reshape(plan.tokens, plan.choices, 1)
-        return jnp.sum(x_TKD, axis=1).astype(x_RD.dtype)
-    x_RD, dtype = x_RD.astype(jnp.float32), x_RD.dtype
-    if weight_N is not None:
-        x_RD = x_RD * take(weight_N, plan.pair_R)[:, None]
+        weight_TK1 = weight_N.reshape(plan.tokens, plan.choices, 1)
+        return jnp.sum(jnp.where(weight_TK1 == 0, 0, x_TKD * weight_TK1), axis=1).astype(x_RD.dtype)
+    x_RD, dtype = x_RD.astype(jnp.float32) * take(weight_N, plan.pair_R)[:, None], x_RD.dtype
     return jnp.zeros((plan.tokens, x_RD.shape[1])).at[plan.token_R].add(x_RD, mode="drop").astype(dtype)
 
 
 @jax.custom_vjp
 def dispatch(x_TD: Array, plan: SortPlan) -> Array:
-    """Copies each token to the rows of its experts: [T, D] -> [R, D]. Rows of nothing are zero."""
+    """Copies each token to the rows of its experts: [T, D] -> [R, D]. Rows of nothing hold another token."""
     return take(x_TD, plan.token_R)
 
 
 dispatch.defvjp(
     lambda x_TD, plan: (dispatch(x_TD, plan), plan),
-    lambda plan, dx_RD: (sum_per_token(dx_RD, None, plan), None),
+    lambda plan, dx_RD: (sum_per_token(dx_RD, plan.used_N, plan), None),
 )
 
 
@@ -102,9 +102,11 @@ def _combine(y_RD: Array, weight_N: Array, plan: SortPlan) -> Array:
 
 def _combine_backward(saved, dy_TD):
     y_RD, weight_N, plan = saved
-    dy_RD = take(dy_TD, plan.token_R) * take(weight_N, plan.pair_R)[:, None]
-    d_weight_R = jnp.sum(take(dy_TD, plan.token_R).astype(jnp.float32) * y_RD.astype(jnp.float32), axis=1)
-    return dy_RD.astype(y_RD.dtype), take(d_weight_R, plan.row_N).astype(weight_N.dtype), None
+    dy_RD = take(dy_TD, plan.token_R)
+    d_weight_R = jnp.sum(dy_RD.astype(jnp.float32) * y_RD.astype(jnp.float32), axis=1)
+    d_weight_N = jnp.where(plan.used_N > 0, take(d_weight_R, plan.row_N), 0)
+    dy_RD = dy_RD * take(weight_N, plan.pair_R)[:, None]
+    return dy_RD.astype(y_RD.dtype), d_weight_N.astype(weight_N.dtype), None
 
 
 _combine.defvjp(lambda y_RD, weight_N, plan: (_combine(y_RD, weight_N, plan), (y_RD, weight_N, plan)),

@@ -1,0 +1,1 @@
+"""Scripts that people run to measure moejax; see README.md."""

@@ -1,0 +1,64 @@
+"""An objective in chunks is the objective: its value, its reports and both gradients, on one device and on meshes."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moejax import sharding
+from moejax.config import MeshConfig
+from moejax.objectives.chunked import chunks_of, over_chunks
+from moejax.objectives.next_token import next_token
+
+B, L, D, V = 8, 12, 5, 14
+OBJECTIVE = partial(next_token, label_smoothing=0.1, head_z_weight=0.01)
+MESHES = [None, MeshConfig(data=8), MeshConfig(data=2, expert=2, model=2), MeshConfig(data=1, expert=4, context=2)]
+
+
+def inputs():
+    rng = np.random.default_rng(0)
+    return (rng.normal(size=(D, V)).astype(np.float32), rng.normal(size=(B, L, D)).astype(np.float32),
+            rng.integers(0, V, (B, L), dtype=np.int32), rng.random((B, L)) < 0.8)
+
+
+def differentiate(function):
+    """((3 * sum, reports), gradients to head and x): a factor shows whether the cotangent is used."""
+    def scaled(head_DV, x_BLD, *rest):
+        total, reports = function(head_DV, x_BLD, *rest)
+        return 3 * total, reports
+    return jax.jit(jax.value_and_grad(scaled, argnums=(0, 1), has_aux=True))
+
+
+def whole(head_DV, x_BLD, targets_BL, mask_BL):
+    return OBJECTIVE(jnp.einsum("bld,dv->blv", x_BLD, head_DV), targets_BL, mask_BL)
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+@pytest.mark.parametrize("chunk_tokens", [None, 1, 20, 48])
+def test_chunks_add_up_to_the_whole_in_value_and_gradients(mesh, chunk_tokens):
+    given = inputs()
+    want = differentiate(whole)(*given)
+    chunked = partial(over_chunks, OBJECTIVE, chunk_tokens)
+    if mesh is None:
+        got, evaluated = differentiate(chunked)(*given), jax.jit(chunked)(*given)
+    else:
+        with jax.set_mesh(sharding.make_mesh(mesh)):
+            got, evaluated = differentiate(chunked)(*given), jax.jit(chunked)(*given)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-5, atol=1e-5), got, want)
+    np.testing.assert_allclose(3 * evaluated[0], want[0][0], rtol=1e-6)
+
+
+def test_the_gradient_of_the_head_is_summed_over_devices_once_after_all_chunks():
+    with jax.set_mesh(sharding.make_mesh(MeshConfig(data=8))):
+        compiled = differentiate(partial(over_chunks, OBJECTIVE, 1)).lower(*inputs()).compile().as_text()
+    loops = [text for text in compiled.split("\n\n") if "all-reduce" in text and not text.lstrip().startswith("ENTRY")
+             and f"f32[{D},{V}]" in text and "while" not in text and "region" in text.split("(")[0]]
+    assert "while" in compiled and not [text for text in loops if "all-reduce(" in text and "add" not in text[:20]]
+
+
+@pytest.mark.parametrize("batch, length, chunk_tokens, chunks", [
+    (8, 12, None, 1), (8, 12, 96, 1), (8, 12, 95, 2), (8, 12, 24, 4), (8, 12, 1, 12), (2, 7, 2, 7)])
+def test_chunks_are_the_fewest_equal_parts_that_are_small_enough(batch, length, chunk_tokens, chunks):
+    assert chunks_of(batch, length, chunk_tokens) == chunks
