@@ -42,6 +42,7 @@ setup(
         "examples": EXAMPLES,
         "gpu": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],
+        "tpu-aot": ["libtpu>=0.0.48"],  # to compile TPU programs on a machine without one
         "test": [*EXAMPLES, "hypothesis", "pytest", "pytest-xdist", "ruff"],
     },
 )

@@ -1,11 +1,18 @@
-"""What the command line does, one function a mode: train, evaluate, generate."""
+"""What the command line does, one function a mode: train, evaluate, generate, benchmark.
+
+All processes of a run compute; process 0 prints and writes records.
+"""
 
 import contextlib
+import json
+import math
 from pathlib import Path
 from typing import Any, Sequence
 
 import jax
+from jax.sharding import Mesh
 
+from moejax import processes, sharding
 from moejax.checkpoint.workdir import check_continues, read_config, unchanged_on_user_error
 from moejax.config import Config, UserError, to_dict
 from moejax.data.baselines import unigram_bits_per_byte, xz_bits_per_byte
@@ -14,6 +21,7 @@ from moejax.data.tokenizers import load_tokenizer
 from moejax.evaluation.load import load, load_sharded
 from moejax.generation.generate import generate as generate_tokens
 from moejax.metrics.record import Recorder
+from moejax.train import benchmark as timing
 from moejax.train import loop
 from moejax.train.setup import set_up
 
@@ -23,22 +31,15 @@ def train(config: Config, workdir: Path) -> None:
     check_text(config.train.sample_prompt, "--config.train.sample_prompt")
     with unchanged_on_user_error(workdir) if jax.process_index() == 0 else contextlib.nullcontext():
         finished = loop.train(config, workdir)
-    if jax.process_index() != 0:
-        return
     if finished.stopped:
-        print(f"stopped at step {finished.step}, all saved; the same command goes on")
+        say(f"stopped at step {finished.step}, all saved; the same command goes on")
         return
-    print(comparison(finished.evaluation, finished.prepared))
-    prompt = config.train.sample_prompt
-    if prompt and jax.process_count() == 1:
-        variables = jax.device_put(finished.variables, jax.local_devices()[0])
-        try:
-            text, = continuations(finished.model, variables, finished.prepared.tokenizer, [prompt],
-                                  max_new_tokens=config.train.sample_tokens, temperature=0.8, seed=config.seed)
-            print(f"sample: {prompt}|{text}")
-        except UserError as error:  # the run itself is done and well
-            print(f"no sample: {error}")
-    print(f"done: {workdir}/config.json, metrics.jsonl, tensorboard/, checkpoints/ (step {finished.step}), data/")
+    with processes.same_fate():
+        if jax.process_index() == 0:
+            print(comparison(finished.evaluation, finished.prepared))
+    if config.train.sample_prompt:
+        say(sample(config, finished))
+    say(f"done: {workdir}/config.json, metrics.jsonl, tensorboard/, checkpoints/ (step {finished.step}), data/")
 
 
 def evaluate(config: Config | None, workdir: Path, step: int | None) -> None:
@@ -46,30 +47,58 @@ def evaluate(config: Config | None, workdir: Path, step: int | None) -> None:
 
     Without a config the workdir's own is used; with one, only keys that may change in a run may differ.
     """
-    setup = set_up(config_of_run(config, workdir))
-    prepared = load_prepared(workdir / "data")
-    restored = load_sharded(workdir, setup.model, setup.mesh, step)
+    with processes.same_fate():
+        setup = set_up(config_of_run(config, workdir))
+        prepared = load_prepared(workdir / "data")
+        restored = load_sharded(workdir, setup.model, setup.mesh, step)
     variables = restored.items["model"]
     with jax.set_mesh(setup.mesh):
         record = loop.run_evaluation(setup, prepared, variables["params"], variables["router"], restored.step)
-    if jax.process_index() == 0:
-        recorder = Recorder(workdir)
-        recorder.write(record)
-        recorder.close()
-        print(loop.evaluation_line(record))
-        print(comparison(record, prepared))
+    with processes.same_fate():
+        if jax.process_index() == 0:
+            recorder = Recorder(workdir)
+            recorder.write(record)
+            recorder.close()
+            print(loop.evaluation_line(record))
+            print(comparison(record, prepared))
 
 
 def generate(config: Config | None, workdir: Path, step: int | None, prompts: Sequence[str], **options: Any) -> None:
-    """Continues each prompt with the model of a workdir; config as in `evaluate`, options as in `generate_tokens`."""
+    """Continues each prompt with the model of a workdir; config as in `evaluate`, options as in `generate_tokens`.
+
+    One process uses one device; several use all, on the mesh of the config.
+    """
     for prompt in prompts:
         check_text(prompt, "--prompt")
-    config = config_of_run(config, workdir)
-    tokenizer = load_tokenizer(workdir / "data")
-    model, variables = load(workdir, step)
-    model = model.clone(moe=config.moe)
-    for prompt, text in zip(prompts, continuations(model, variables, tokenizer, prompts, **options)):
-        print(prompt + text)
+    with processes.same_fate():
+        config = config_of_run(config, workdir)
+        tokenizer = load_tokenizer(workdir / "data")
+        if jax.process_count() == 1:
+            model, variables = load(workdir, step)
+            model, mesh = model.clone(moe=config.moe), None
+        else:
+            setup = set_up(config)
+            model, mesh = setup.model, setup.mesh
+            variables = load_sharded(workdir, model, mesh, step).items["model"]
+        texts = continuations(model, variables, mesh, tokenizer, prompts, **options)
+    for prompt, text in zip(prompts, texts):
+        say(prompt + text)
+
+
+def shardings(config: Config) -> None:
+    """Prints where every parameter would lie, and what the whole training state takes on one device."""
+    with processes.same_fate():
+        setup = set_up(config)
+    state = sum(math.prod(where.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, where in zip(
+        jax.tree.leaves(setup.shapes), jax.tree.leaves(setup.shardings), strict=True))
+    say(sharding.table(setup.placements))
+    say(f"training state, optimizer included: {state:,} bytes on a device; mesh "
+        + " x ".join(f"{name}={size}" for name, size in setup.mesh.shape.items()))
+
+
+def benchmark(config: Config) -> None:
+    """Times the train step and prints the result, one JSON object."""
+    say(json.dumps(timing.benchmark(config)))
 
 
 def stored_config(workdir: Path) -> dict[str, Any]:
@@ -94,11 +123,35 @@ def check_text(text: str, flag: str) -> None:
                         "leave that letter out") from None
 
 
-def continuations(model: Any, variables: Any, tokenizer: Any, prompts: Sequence[str], **options: Any) -> list[str]:
-    """Texts that follow the prompts; each ends where the model ends the document, or at max_new_tokens."""
+def say(line: str) -> None:
+    """Prints a line on process 0."""
+    if jax.process_index() == 0:
+        print(line)
+
+
+def sample(config: Config, finished: loop.Finished) -> str:
+    """A line with what the trained model makes of config.train.sample_prompt, or why it makes nothing of it."""
+    prompt, variables, mesh = config.train.sample_prompt, finished.variables, finished.mesh
+    if jax.process_count() == 1:  # one device is quicker than many, and serves after every mesh
+        variables, mesh = jax.device_put(variables, jax.local_devices()[0]), None
+    try:
+        text, = continuations(finished.model, variables, mesh, finished.prepared.tokenizer, [prompt],
+                              max_new_tokens=config.train.sample_tokens, temperature=0.8, seed=config.seed)
+    except UserError as error:  # the run itself is done and well
+        return f"no sample: {error}"
+    return f"sample: {prompt}|{text}"
+
+
+def continuations(model: Any, variables: Any, mesh: Mesh | None, tokenizer: Any, prompts: Sequence[str],
+                  **options: Any) -> list[str]:
+    """Texts that follow the prompts; each ends where the model ends the document, or at max_new_tokens.
+
+    The mesh is that on which the variables lie; None if they are on one device.
+    """
     separator = tokenizer.separator_id
     encoded = [[separator, *tokenizer.encode(prompt)] for prompt in prompts]
-    generated = generate_tokens(model, variables, encoded, stop_tokens=(separator,), **options)
+    with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
+        generated = generate_tokens(model, variables, encoded, stop_tokens=(separator,), **options)
     whole = [tokenizer.decode(ids + row[:n].tolist()) for ids, row, n in
              zip(encoded, generated.tokens, generated.lengths)]
     return [text[len(tokenizer.decode(ids)):] for text, ids in zip(whole, encoded)]

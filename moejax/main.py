@@ -2,7 +2,6 @@
 
 import ast
 import inspect
-import json
 import os
 import re
 import runpy
@@ -16,10 +15,11 @@ from typing import Any, Mapping, Sequence
 from absl import flags
 from ml_collections import ConfigDict
 
+from moejax import allocator
 from moejax import config as config_lib
 from moejax.config import Config, UserError, check, nearest
 
-MODES = ("train", "eval", "generate", "benchmark")
+MODES = ("train", "eval", "generate", "benchmark", "shardings")
 CONFIG_PREFIX = "config."
 INTERRUPTED = 130
 """The exit status after Ctrl-C, as shells have it."""
@@ -35,6 +35,7 @@ modes
   eval       evaluate a checkpoint on the held-out text; needs no --config
   generate   continue a --prompt; needs no --config
   benchmark  time the train step; prints one JSON object; needs no --workdir
+  shardings  print how every parameter would lie on the mesh, with bytes on a device; needs no --workdir
 
 examples
   python -m moejax.main --config=experiments/tiny.py --workdir=runs/tiny
@@ -64,6 +65,12 @@ def define_flags() -> flags.FlagValues:
                        flag_values=values)
     flags.DEFINE_float("repetition_penalty", 1.0, "generate: above 1 makes repeats less likely", flag_values=values)
     flags.DEFINE_integer("seed", 0, "generate: seed of the samples", flag_values=values)
+    flags.DEFINE_string("coordinator", None, "several processes: HOST:PORT of process 0; not needed under Slurm and on TPU "
+                        "pods", flag_values=values)
+    flags.DEFINE_integer("num_processes", None, "several processes: how many", flag_values=values)
+    flags.DEFINE_integer("process_id", None, "several processes: number of this one, from 0", flag_values=values)
+    flags.DEFINE_integer("coordinator_timeout", 300, "several processes: seconds to wait for all of them",
+                         lower_bound=1, flag_values=values)
     for name, field in config_lib.fields().items():
         define = flags.DEFINE_boolean if field.type is bool else flags.DEFINE_string
         define(CONFIG_PREFIX + name, None, field.metadata["help"], flag_values=values)
@@ -205,10 +212,12 @@ def run(values: flags.FlagValues) -> None:
     mode = values.mode
     check(values.config is not None or mode in ("eval", "generate"),
           f"--mode={mode} needs --config=FILE, e.g. --config=experiments/tiny.py")
-    check(bool(values.workdir) or mode == "benchmark", f"--mode={mode} needs --workdir=DIR")
+    check(bool(values.workdir) or mode in ("benchmark", "shardings"), f"--mode={mode} needs --workdir=DIR")
     check(bool(values.prompt) or mode != "generate", '--mode=generate needs --prompt="..."')
     workdir = Path(os.path.expanduser(values.workdir)) if values.workdir else None
     config = make_config(values, workdir)
+    from moejax import processes
+    processes.start(values.coordinator, values.num_processes, values.process_id, values.coordinator_timeout)
     if mode == "train":
         from moejax.commands import train
         train(config, workdir)
@@ -220,9 +229,12 @@ def run(values: flags.FlagValues) -> None:
         generate(config, workdir, values.step, values.prompt, max_new_tokens=values.max_new_tokens,
                  temperature=values.temperature, top_k=values.top_k, top_p=values.top_p,
                  repetition_penalty=values.repetition_penalty, seed=values.seed)
+    elif mode == "shardings":
+        from moejax.commands import shardings
+        shardings(config)
     else:
-        from moejax.train.benchmark import benchmark
-        print(json.dumps(benchmark(config)))
+        from moejax.commands import benchmark
+        benchmark(config)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -234,7 +246,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             run(values)
     except UserError as error:
-        print("moejax:", " ".join(str(error).split("\n")), file=sys.stderr)
+        if message := " ".join(str(error).split("\n")):  # else another process says it
+            print("moejax:", message, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("moejax: interrupted; nothing that was saved is lost, and the same command goes on", file=sys.stderr)
@@ -243,8 +256,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    status = main()
-    if status == INTERRUPTED:  # a step may still be running, and jax crashes when Python is taken down around it
+    allocator.keep_memory()
+    try:
+        status = main()
+    except Exception:
+        traceback.print_exc()
+        status = 1
+    # A step may still be running, and jax crashes when Python is taken down around it; and with several processes it
+    # would wait for the others, which may wait for this one.
+    if status in (1, INTERRUPTED):
         sys.stdout.flush()
         os._exit(status)
     sys.exit(status)

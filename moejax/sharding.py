@@ -1,15 +1,16 @@
 """Where arrays lie: one table from logical axes to mesh axes, the mesh itself, and checks at start-up."""
 
 import math
-from typing import Any, Sequence
+from typing import Any, Mapping, NamedTuple, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from moejax import axes
-from moejax.config import MeshConfig, UserError, check, nearest
+from moejax.config import MeshConfig, check, nearest
 
 RULES: dict[str, tuple[str, ...]] = {
     "batch": axes.BATCH_AXES,
@@ -78,31 +79,71 @@ def is_axes(leaf: Any) -> bool:
     return isinstance(leaf, tuple) and all(name is None or isinstance(name, str) for name in leaf)
 
 
-def validate(shapes: Any, logical: Any, mesh: Mesh) -> None:
-    """Checks that every array of a tree can be split as the rules say.
+class Placement(NamedTuple):
+    """How one array of a tree lies on a mesh.
+
+    Attributes:
+      name: its path in the tree.
+      shape: of the whole array.
+      spec: the mesh axes over which each dimension is split.
+      parts: pieces into which it is split; each lies on `mesh.size / parts` devices.
+      bytes: on one device.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    spec: PartitionSpec
+    parts: int
+    bytes: int
+
+
+def placements(shapes: Any, logical: Any, mesh: Mesh) -> list[Placement]:
+    """The `Placement` of every array of a tree.
 
     Raises:
       UserError: a dimension that the mesh does not divide; the message names the parameter, dimension and mesh axes.
       ValueError: an unknown logical axis, or one mesh axis for two dimensions; the message names the parameter.
     """
-    flat_logical = jax.tree.leaves(logical, is_leaf=is_axes)
+    flat_logical, placed = jax.tree.leaves(logical, is_leaf=is_axes), []
     for (path, shape), names in zip(jax.tree_util.tree_leaves_with_path(shapes), flat_logical, strict=True):
-        parameter = f"parameter {jax.tree_util.keystr(path, simple=True, separator='/')}"
+        parameter, parts = jax.tree_util.keystr(path, simple=True, separator="/"), 1
         try:
-            spec(names)
+            partition = spec(names)
         except ValueError as error:
-            raise ValueError(f"{parameter}: {error}") from None
+            raise ValueError(f"parameter {parameter}: {error}") from None
         for length, name in zip(shape.shape, names, strict=True):
             split = RULES[name] if name else ()
-            if length % size(mesh, split):
-                raise UserError(f"{parameter}: dimension {name}={length} cannot be split over mesh axis {', '.join(split)} "
-                                f"of size {size(mesh, split)}; change config.mesh or this size")
+            check(length % size(mesh, split) == 0, f"parameter {parameter}: dimension {name}={length} cannot be split over "
+                  f"mesh axis {', '.join(split)} of size {size(mesh, split)}; change config.mesh or this size")
+            parts *= size(mesh, split)
+        placed.append(Placement(parameter, shape.shape, partition, parts, bytes_of(shape) // parts))
+    return placed
+
+
+def validate(placed: Sequence[Placement], mesh: Mesh, replicated_mib: float) -> None:
+    """Raises `UserError` if an array of more than `replicated_mib` MiB lies whole on every device of a mesh."""
+    for name, _, _, parts, bytes_ in placed:
+        check(mesh.size == 1 or parts > 1 or bytes_ <= replicated_mib * 2**20,
+              f"parameter {name}: its {bytes_ / 2**20:,.0f} MiB would lie whole on each of the {mesh.size} devices; split "
+              "it with config.mesh.data or config.mesh.model, or raise config.mesh.replicated_mib")
+
+
+def table(placed: Sequence[Placement]) -> str:
+    """Parameter, shape, spec and bytes on one device, a line each, and the sum."""
+    rows = [("parameter", "shape", "split over", "pieces", "bytes on a device")]
+    for name, shape, partition, parts, bytes_ in placed:
+        split = ", ".join("+".join(entry) if isinstance(entry, tuple) else entry or "-" for entry in partition)
+        rows.append((name, "x".join(map(str, shape)), split, str(parts), f"{bytes_:,}"))
+    rows.append(("in all", "", "", "", f"{sum(p.bytes for p in placed):,}"))
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join([cell.ljust(width) for cell, width in zip(row[:3], widths)]
+                               + [cell.rjust(width) for cell, width in zip(row[3:], widths[3:])]).rstrip() for row in rows)
 
 
 def current_mesh() -> Any:
-    """The mesh set by `jax.set_mesh`, as seen while tracing, or None."""
+    """The mesh set by `jax.set_mesh`, as seen while tracing; None if there is none or it has one device."""
     mesh = jax.sharding.get_abstract_mesh()
-    return None if mesh.empty else mesh
+    return None if mesh.empty or mesh.size == 1 else mesh
 
 
 def constrain(x: Array, *logical: str | None) -> Array:
@@ -111,10 +152,9 @@ def constrain(x: Array, *logical: str | None) -> Array:
     Raises:
       ValueError: a dimension that its mesh axes do not divide (the compiler would replicate it in silence).
     """
-    mesh = current_mesh()
+    partition, mesh = spec(logical), current_mesh()
     if mesh is None:
         return x
-    partition = spec(logical)
     for length, name in zip(x.shape, logical, strict=True):
         if length % size(mesh, RULES[name] if name else ()):
             raise ValueError(f"array of shape {x.shape} cannot be split as {logical} over {dict(mesh.shape)}")
@@ -142,6 +182,34 @@ def divisible(count: int, mesh: Mesh, mesh_axes: Sequence[str], what: str) -> No
     parts = size(mesh, mesh_axes)
     check(count % parts == 0, f"{what}={count} cannot be split over the mesh axes {', '.join(mesh_axes)} of {parts} "
           "devices together")
+
+
+def batch_rows(mesh: Mesh, count: int) -> np.ndarray:
+    """The rows of a batch of `count`, or parts of rows, that the devices of this process hold, in order."""
+    split = NamedSharding(mesh, spec(("batch",)))
+    return np.unique([np.arange(count)[index] for index in split.addressable_devices_indices_map((count,)).values()])
+
+
+def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, Array]:
+    """The rows of this process (`batch_rows`), whole, as global arrays [B, L] on the mesh.
+
+    A mesh may give a row to several processes, or each of them a part of its length, so the rows of a process need not
+    be B over the number of processes, nor lie together.
+    """
+    where = NamedSharding(mesh, spec(("batch", "length")))
+    parts = size(mesh, RULES["batch"])
+    own = batch_rows(mesh, parts)
+
+    def put(rows_bL: np.ndarray) -> Array:
+        height = len(rows_bL) // len(own)
+
+        def piece(index: tuple[slice, slice]) -> np.ndarray:
+            first = np.searchsorted(own, (index[0].start or 0) // height) * height
+            return rows_bL[first:first + height, index[1]]
+
+        return jax.make_array_from_callback((height * parts, rows_bL.shape[1]), where, piece)
+
+    return {name: put(rows_bL) for name, rows_bL in batch.items()}
 
 
 def bytes_of(tree: Any) -> int:

@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "train.step": {"objectives", "train.optimizer", "train.state"},
     "train": {"compiler_options", "processes", "sharding", "models", "moe.routing", "objectives", "data", "checkpoint",
               "evaluation", "metrics"},
-    "commands": {"processes", "checkpoint", "data", "evaluation", "generation", "metrics", "train"},
+    "commands": {"processes", "sharding", "checkpoint", "data", "evaluation", "generation", "metrics", "train"},
     "main": {"allocator", "commands", "processes"},
     "moejax": {"evaluation", "generation"},
 }

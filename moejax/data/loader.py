@@ -1,8 +1,8 @@
 """Batches of packed windows, on Grain.
 
 The order of the windows is a function of config.seed and the batch number alone. Every process computes the window
-numbers of the whole global batch and packs only its own rows, so neither the batches nor the saved position (the number
-of batches taken) depend on how many processes there are.
+numbers of the whole global batch and packs only the rows that its devices hold, so neither the batches nor the saved
+position (the number of batches taken) depend on how many processes there are.
 """
 
 from collections.abc import Iterator
@@ -15,8 +15,8 @@ from moejax.data.packing import num_windows, pack
 from moejax.data.prepare import TokenStream
 
 
-def train_loader(stream: TokenStream, separator_id: int, config: Config, process_index: int = 0,
-                 process_count: int = 1) -> grain.DatasetIterator:
+def train_loader(stream: TokenStream, separator_id: int, config: Config, rows: np.ndarray | slice = slice(None),
+                 ) -> grain.DatasetIterator:
     """Endless batches of the training stream; each window comes once an epoch, and batches may straddle epochs.
 
     With config.data.shuffle the windows have a new order in each epoch, else always that of the stream.
@@ -25,18 +25,16 @@ def train_loader(stream: TokenStream, separator_id: int, config: Config, process
       stream: the training split.
       separator_id: the tokenizer's.
       config: data.length (L), data.batch_size (B), data.boundaries, data.shuffle and seed.
-      process_index: this process p of process_count P. It gets rows p*B/P to (p+1)*B/P of each global batch.
-      process_count: P.
+      rows: which of the B rows of each global batch to pack, b of them.
 
     Returns:
-      An iterator of dicts with the arrays of `packing.pack`, each [B/P, L]. Its `get_state` and `set_state` save and
-      restore the position, on any number of processes.
+      An iterator of dicts with the arrays of `packing.pack`, each [b, L]. Its `get_state` and `set_state` save and
+      restore the position, whatever the rows.
 
     Raises:
-      UserError: B is not a multiple of P, or the stream holds nothing to predict.
+      UserError: the stream holds nothing to predict.
     """
     data = config.data
-    rows = _rows(data.batch_size, "batch_size", process_index, process_count)
     windows = grain.MapDataset.range(_windows(stream, data.length))
     if data.shuffle:
         windows = windows.seed(config.seed).shuffle()  # `repeat` draws a new order for each epoch
@@ -46,18 +44,15 @@ def train_loader(stream: TokenStream, separator_id: int, config: Config, process
     return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
 
 
-def eval_batches(stream: TokenStream, separator_id: int, config: Config, process_index: int = 0,
-                 process_count: int = 1) -> Iterator[dict[str, np.ndarray]]:
+def eval_batches(stream: TokenStream, separator_id: int, config: Config, rows: np.ndarray | slice = slice(None),
+                 ) -> Iterator[dict[str, np.ndarray]]:
     """The whole stream once, in order, or its first config.train.eval_batches batches.
 
-    Batches have config.data.eval_batch_size (or batch_size) rows; the last one is filled up with rows of zeros (mask
-    False, segments 0), so all have one shape and every process gets as many. Arguments, rows of a process and errors
-    are those of `train_loader`; each call starts anew.
+    Batches have `eval_size` rows; the last one is filled up with rows of zeros (mask False, segments 0), so all have one
+    shape and every process gets as many. Arguments and errors are those of `train_loader`; each call starts anew.
     """
     data = config.data
-    name = "batch_size" if data.eval_batch_size is None else "eval_batch_size"
-    size = getattr(data, name)
-    rows = _rows(size, name, process_index, process_count)
+    size = eval_size(config)
     batches = -(-_windows(stream, data.length) // size)
     if config.train.eval_batches is not None:
         batches = min(batches, config.train.eval_batches)
@@ -65,17 +60,15 @@ def eval_batches(stream: TokenStream, separator_id: int, config: Config, process
             for number in range(batches))
 
 
+def eval_size(config: Config) -> int:
+    """Rows of a global batch in evaluation."""
+    return config.data.eval_batch_size or config.data.batch_size
+
+
 def _batch(tokens_N: np.ndarray, separator_id: int, config: Config, indices_b: np.ndarray) -> dict[str, np.ndarray]:
     packed = [pack(tokens_N, separator_id, config.data.length, config.data.boundaries, index)
               for index in indices_b.tolist()]
     return {key: np.stack([row[key] for row in packed]) for key in packed[0]}
-
-
-def _rows(size: int, name: str, process_index: int, process_count: int) -> slice:
-    check(size % process_count == 0,
-          f"config.data.{name}={size} is not a multiple of the {process_count} processes; change it")
-    own = size // process_count
-    return slice(process_index * own, (process_index + 1) * own)
 
 
 def _windows(stream: TokenStream, length: int) -> int:

@@ -1,10 +1,12 @@
 """Language-model loss, accuracy and routing over a held-out set."""
 
 import math
+from functools import partial
 from typing import Any, Callable, Iterable, Mapping, NamedTuple
 
 import jax
 from jax import Array
+from jax.sharding import Sharding
 
 from moejax.metrics.record import total_records
 from moejax.models.transformer import in_order
@@ -27,18 +29,21 @@ class Evaluation(NamedTuple):
     records: list[LayerRecord]
 
 
-def make_eval_step(forward: Callable[..., tuple[Array, Any]], objective: Callable[..., tuple[Array, dict[str, Array]]]
+def make_eval_step(forward: Callable[..., tuple[Array, Any]], objective: Callable[..., tuple[Array, dict[str, Array]]],
+                   where: Sharding | None = None, options: Mapping[str, str] | None = None
                    ) -> Callable[..., tuple[dict[str, Array], Any]]:
     """A jitted (params, router_state, batch) -> (sums, records in order).
 
     Args:
-      forward: (params, router_state, batch) -> (logits_BLV, records).
-      objective: (logits_BLV, targets_BL, mask_BL) -> (sum to minimise, sums to report).
+      forward: (params, router_state, batch) -> (x_BLD, records).
+      objective: (params, x_BLD, targets_BL, mask_BL) -> (sum to minimise, sums to report).
+      where: the results are to lie.
+      options: for the compiler.
     """
-    @jax.jit
+    @partial(jax.jit, out_shardings=where, compiler_options=options)
     def eval_step(params: Any, router_state: Any, batch: Mapping[str, Array]) -> tuple[dict[str, Array], Any]:
-        logits_BLV, records = forward(params, router_state, batch)
-        _, sums = objective(logits_BLV, batch["targets"], batch["mask"])
+        x_BLD, records = forward(params, router_state, batch)
+        _, sums = objective(params, x_BLD, batch["targets"], batch["mask"])
         return sums | {"targets": batch["mask"].sum()}, in_order(records)
     return eval_step
 

@@ -10,11 +10,12 @@ from typing import Any, Callable, Iterator, NamedTuple
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
+from moejax import processes
 from moejax.checkpoint import Store, open_workdir, place
 from moejax.config import Config
-from moejax.data.loader import eval_batches, train_loader
+from moejax.data.loader import eval_batches, eval_size, train_loader
 from moejax.data.prepare import Prepared, load_prepared, prepare
 from moejax.evaluation.perplexity import bits_per_byte, evaluate
 from moejax.metrics.record import Recorder, loss_summary, routing_summary, total_records
@@ -35,6 +36,7 @@ class Finished(NamedTuple):
       evaluation: the last evaluation record, or None.
       prepared: its data.
       model: what was trained.
+      mesh: where.
       variables: {"params", "router"} of the model, on the mesh.
     """
 
@@ -43,19 +45,22 @@ class Finished(NamedTuple):
     evaluation: dict[str, Any] | None
     prepared: Prepared
     model: Transformer
+    mesh: Mesh
     variables: dict[str, Any]
 
 
 def train(config: Config, workdir: Path) -> Finished:
     """Trains, or goes on from the newest checkpoint of the workdir.
 
-    SIGINT and SIGTERM finish the step, save and return; a second one interrupts at once.
+    SIGINT and SIGTERM finish the step, save and return; a second one interrupts at once. With several processes it is
+    enough that one of them gets the signal; all stop after the same step, which may be the next.
 
     Raises:
       UserError: the config, the data or the workdir do not allow it.
     """
     chief = jax.process_index() == 0
-    setup = set_up(config)
+    with processes.same_fate():
+        setup = set_up(config)
     prepared = prepare_on_chief(config, workdir)
     if chief:
         print(describe(setup), flush=True)
@@ -72,12 +77,17 @@ def train(config: Config, workdir: Path) -> Finished:
 
 def prepare_on_chief(config: Config, workdir: Path) -> Prepared:
     """Opens the workdir and prepares the data on process 0; the other processes then read what it wrote."""
-    if jax.process_index() == 0:
-        open_workdir(workdir, config, print)
-        prepared = prepare(config, workdir / "data", content=content_of_run(workdir))
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("data is prepared")
-        prepared = load_prepared(workdir / "data")
+    chief = jax.process_index() == 0
+    with processes.same_fate():
+        if chief:
+            open_workdir(workdir, config, print)
+    content = content_of_run(workdir)
+    with processes.same_fate():
+        if chief:
+            prepared = prepare(config, workdir / "data", content=content)
+    with processes.same_fate():
+        if not chief:
+            prepared = load_prepared(workdir / "data")
     return prepared
 
 
@@ -95,8 +105,8 @@ def content_of_run(workdir: Path) -> str | None:
 def _run(setup: Setup, prepared: Prepared, store: Store, recorder: Recorder | None,
          stop_requested: Callable[[], bool]) -> Finished:
     config, options = setup.config, setup.config.train
-    loader = train_loader(prepared.train, prepared.tokenizer.separator_id, config, jax.process_index(),
-                          jax.process_count())
+    loader = train_loader(prepared.train, prepared.tokenizer.separator_id, config, setup.rows(config.data.batch_size))
+    agree = processes.agree_by_step()
     state, step = start(setup, store, loader)
     progress = Progress(step, options.steps, quiet=recorder is None)
     if step:
@@ -110,7 +120,7 @@ def _run(setup: Setup, prepared: Prepared, store: Store, recorder: Recorder | No
         state, means, records = setup.train_step(state, batch)
         step += 1
         meter.add(means, records)
-        stopped = stop_requested()
+        stopped = agree(stop_requested())
         last = step == options.steps
         progress.step(step)
         if step % options.log_every == 0 or last or stopped:
@@ -134,7 +144,7 @@ def _run(setup: Setup, prepared: Prepared, store: Store, recorder: Recorder | No
         evaluation = run_evaluation(setup, prepared, state.params, state.router_state, step)
         progress.say(evaluation_line(evaluation))
     return Finished(step, stopped and step < options.steps, evaluation, prepared, setup.model,
-                    items(state)["model"])
+                    setup.mesh, items(state)["model"])
 
 
 def items(state: TrainState) -> dict[str, Any]:
@@ -158,7 +168,7 @@ def run_evaluation(setup: Setup, prepared: Prepared, params: Any, router_state: 
     """Evaluates on the held-out split and returns the record; call it under the setup's mesh."""
     begin = time.monotonic()
     stream, tokenizer = prepared.eval, prepared.tokenizer
-    batches = eval_batches(stream, tokenizer.separator_id, setup.config, jax.process_index(), jax.process_count())
+    batches = eval_batches(stream, tokenizer.separator_id, setup.config, setup.rows(eval_size(setup.config)))
     result = evaluate(setup.eval_step, params, router_state, map(setup.put, batches))
     seconds = time.monotonic() - begin
     return {"step": step, "split": "eval", "loss": result.loss, "accuracy": result.accuracy,

@@ -7,13 +7,14 @@ import jax
 import numpy as np
 import optax
 from jax import Array
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from moejax import axes, sharding
+from moejax import axes, compiler_options, sharding
 from moejax.config import Config
 from moejax.evaluation.perplexity import make_eval_step
 from moejax.models import count, transformer
 from moejax.moe.routing import get_router
+from moejax.objectives.chunked import over_chunks
 from moejax.objectives.next_token import next_token
 from moejax.train.optimizer import make_optimizer
 from moejax.train.state import TrainState, initialise, state_shardings
@@ -28,10 +29,12 @@ class Setup(NamedTuple):
       shapes: of the training state.
       shardings: of the training state.
       parameters: their number.
+      placements: where they lie.
       initialise: () -> TrainState on the mesh.
       train_step: (state, batch) -> (state, scalars, records); jitted, consumes the state.
       eval_step: (params, router_state, batch) -> (sums, records); jitted.
-      put: numpy rows of this process -> global arrays on the mesh.
+      rows: size of a global batch -> the rows of it that this process feeds.
+      put: these rows as numpy arrays -> the global batch on the mesh.
     """
 
     config: Config
@@ -41,9 +44,11 @@ class Setup(NamedTuple):
     shapes: TrainState
     shardings: TrainState
     parameters: count.ParameterCount
+    placements: list[sharding.Placement]
     initialise: Callable[[], TrainState]
     train_step: Callable[[TrainState, Mapping[str, Array]], tuple[TrainState, dict[str, Array], Any]]
     eval_step: Callable[..., tuple[dict[str, Array], Any]]
+    rows: Callable[[int], np.ndarray]
     put: Callable[[Mapping[str, np.ndarray]], dict[str, Array]]
 
 
@@ -57,24 +62,27 @@ def set_up(config: Config) -> Setup:
     check_batches(config, mesh)
     model = transformer.build(config)
     param_shapes, logical = transformer.abstract_params(model)
-    sharding.validate(param_shapes, logical, mesh)
+    placed = sharding.placements(param_shapes, logical, mesh)
+    sharding.validate(placed, mesh, config.mesh.replicated_mib)
     optimizer = make_optimizer(config.optimizer, config.train.steps, logical)
     start = partial(
         initialise, partial(transformer.initial_params, model), optimizer,
         transformer.initial_router_state(config.model, config.moe))
     shapes = jax.eval_shape(start, jax.random.PRNGKey(0))
     shardings = state_shardings(shapes, logical, mesh)
-    batch_sharding = NamedSharding(mesh, sharding.spec(("batch", "length")))
+    everywhere = NamedSharding(mesh, PartitionSpec())  # so that every process can read what steps report
 
-    functions = make_functions(config, model)
+    functions, options = make_functions(config, model), compiler_options.for_devices(mesh.devices.flat)
     step = jax.jit(partial(train_step, functions, optimizer, config.train.microbatches), donate_argnums=0,
-                   out_shardings=(shardings, None, None))
+                   out_shardings=(shardings, everywhere, everywhere), compiler_options=options)
     return Setup(
         config, mesh, model, optimizer, shapes, shardings, count.count_parameters(param_shapes, logical, config.moe),
+        placed,
         initialise=lambda: jax.jit(start, out_shardings=shardings)(jax.random.PRNGKey(config.seed)),
         train_step=step,
-        eval_step=make_eval_step(functions.forward, functions.objective),
-        put=lambda rows: {name: jax.make_array_from_process_local_data(batch_sharding, a) for name, a in rows.items()})
+        eval_step=make_eval_step(functions.forward, functions.objective, everywhere, options),
+        rows=partial(sharding.batch_rows, mesh),
+        put=partial(sharding.put_batch, mesh))
 
 
 def make_functions(config: Config, model: transformer.Transformer) -> Functions:
@@ -83,14 +91,18 @@ def make_functions(config: Config, model: transformer.Transformer) -> Functions:
                 key: Array | None = None, totals: Any = None, loads: Any = None) -> tuple[Array, Any]:
         output = model.apply({"params": params}, batch["tokens"], batch["positions"], batch["segments"], router_state,
                              train=train, totals=totals, loads=loads, rngs=None if key is None else {"dropout": key})
-        return output.logits_BLV, output.records
+        return output.x_BLD, output.records
+
+    per_token = partial(next_token, label_smoothing=config.train.label_smoothing, head_z_weight=config.train.head_z_weight)
+
+    def objective(params: Any, x_BLD: Array, targets_BL: Array, mask_BL: Array) -> tuple[Array, dict[str, Array]]:
+        return over_chunks(per_token, config.train.loss_chunk, transformer.head(model, params), x_BLD, targets_BL, mask_BL)
 
     weights = get_router(config.moe.router).loss_weights(config.moe) if config.moe.every else {}
     needs_load = weights.get("balance", 0) > 0 and config.moe.balance_scope == "global"
     return Functions(
         forward=forward,
-        objective=partial(next_token, label_smoothing=config.train.label_smoothing,
-                          head_z_weight=config.train.head_z_weight),
+        objective=objective,
         loads=transformer.stacked_loads if needs_load else None,
         update_router=partial(transformer.update_router_state, config.moe),
         loss_weights=weights)
