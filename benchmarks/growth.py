@@ -30,7 +30,7 @@ def compiled_step(changes: dict[str, Any]) -> tuple[float, Any]:
     built = config.build(tree)
     setup = set_up(built)
     with jax.set_mesh(setup.mesh):
-        batch = setup.put(random_batch(built, np.random.default_rng(0)))
+        batch = setup.put(random_batch(setup, np.random.default_rng(0)))
         held = [setup.initialise()]
         start = time.perf_counter()
         step = setup.train_step.lower(held[0], batch).compile()

@@ -85,7 +85,7 @@ def refuse(capfd, *arguments: str) -> str:
     (("--mode=eval",), "--mode=eval needs --workdir=DIR"),
     (("--mode=generate", "--prompt=a"), "--mode=generate needs --workdir=DIR"),
     (("--mode=generate", "--workdir=w"), '--mode=generate needs --prompt="..."'),
-    (("--mode=trian",), "--mode=trian: value should be one of <train|eval|generate|benchmark>"),
+    (("--mode=trian",), "--mode=trian: value should be one of <train|eval|generate|benchmark|shardings>"),
     (("--worksdir=w",), "unknown flag --worksdir (did you mean workdir?); python -m moejax.main --help"),
     (("--config=c.py", "w"), "unexpected argument 'w'"),
     (("--step=last",), "--step=last: must be an integer"),
@@ -290,6 +290,25 @@ def test_after_wrong_input_the_corrected_command_trains_evaluates_and_generates(
     assert read_config(Path("w")).train.eval_batches == 1
     assert main(["main", "--workdir=w", "--mode=generate", "--prompt=", "--prompt=doc", "--max_new_tokens=4"]) == 0
     assert "\ndoc" in "\n" + capfd.readouterr().out
+
+
+def test_shardings_prints_every_parameter_and_writes_nothing(here, capfd):
+    before = snapshot(here)
+    assert main(["main", "--config=c.py", "--mode=shardings", "--config.moe.every=1", "--config.mesh.expert=2"]) == 0
+    printed = capfd.readouterr().out
+    row, = (line for line in printed.splitlines() if line.startswith("stack_0/block_0/moe/w_in"))
+    assert row.split() == ["stack_0/block_0/moe/w_in", "1x6x8x2x12", "-,", "expert,", "data,", "-,", "model", "8",
+                           f"{6 * 8 * 2 * 12 * 4 // 8:,}"]
+    assert "training state, optimizer included: " in printed and "data=4 x expert=2" in printed
+    assert snapshot(here) == before
+
+
+@pytest.mark.parametrize("overrides, words", [
+    (("--config.mesh.expert=4",), "dimension experts=6 cannot be split over mesh axis expert of size 4"),
+    (("--config.mesh.expert=8", "--config.moe.num_experts=8", "--config.mesh.replicated_mib=0.001"),
+     "would lie whole on each of the 8 devices")])
+def test_a_mesh_that_does_not_suit_the_model_is_refused(here, capfd, overrides, words):
+    assert words in refuse(capfd, "--config=c.py", "--mode=shardings", "--config.moe.every=1", *overrides)
 
 
 def test_interruption_while_preparing_is_one_line_and_no_obstacle(here, capfd, monkeypatch):

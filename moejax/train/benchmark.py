@@ -31,9 +31,10 @@ def matmul_ceiling(mesh: Mesh, dtype: Any, repeats: int = 5) -> float:
     return 2 * mesh.size * size**3 / min(seconds)
 
 
-def random_batch(config: Config, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """A batch of random tokens without padding."""
-    shape = (config.data.batch_size // jax.process_count(), config.data.length)
+def random_batch(setup: Setup, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """The rows that this process holds of a batch of random tokens without padding."""
+    config = setup.config
+    shape = (len(setup.rows(config.data.batch_size)), config.data.length)
     tokens = rng.integers(0, config.model.vocab_size, (shape[0], shape[1] + 1), dtype=np.int32)
     return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "mask": np.ones(shape, bool),
             "segments": np.ones(shape, np.int32),
@@ -60,7 +61,7 @@ def benchmark(config: Config, steps: int = 10) -> dict[str, Any]:
         ceiling = matmul_ceiling(setup.mesh, config.train.dtype)
         state = setup.initialise()
         rng = np.random.default_rng(config.seed)
-        batches = [setup.put(random_batch(config, rng)) for _ in range(2)]
+        batches = [setup.put(random_batch(setup, rng)) for _ in range(2)]
         compile_seconds, step = _compile(setup, state, batches[0])
         seconds = []
         for i in range(steps + 2):

@@ -8,6 +8,7 @@ import pytest
 from tiny import tiny_batch, tiny_config, tiny_model
 
 from moejax.evaluation.perplexity import bits_per_byte, evaluate, make_eval_step
+from moejax.models import transformer
 from moejax.train.setup import make_functions
 
 
@@ -27,8 +28,8 @@ def test_padding_and_batching_change_nothing():
         np.testing.assert_array_equal(a.load.assigned_E, b.load.assigned_E)
         np.testing.assert_array_equal(a.load.received_E, a.load.assigned_E)  # dropless, whatever training uses
 
-    logits, _ = jax.jit(functions.forward)(params, state, batch)
-    logits = np.asarray(logits, np.float64)
+    x_BLD, _ = jax.jit(functions.forward)(params, state, batch)
+    logits = np.asarray(x_BLD, np.float64) @ np.asarray(transformer.head(model, params), np.float64)
     nll = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, batch["targets"][..., None], -1)[..., 0]
     assert whole.loss == pytest.approx(nll[batch["mask"]].mean(), rel=1e-5)
     assert whole.accuracy == pytest.approx((logits.argmax(-1) == batch["targets"])[batch["mask"]].mean())

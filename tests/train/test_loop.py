@@ -98,7 +98,7 @@ def test_nothing_is_compiled_after_the_first_step(config):
         rng = np.random.default_rng(0)
         from moejax.train.benchmark import random_batch
         for _ in range(3):
-            state, _, _ = setup.train_step(state, setup.put(random_batch(config, rng)))
+            state, _, _ = setup.train_step(state, setup.put(random_batch(setup, rng)))
     assert setup.train_step._cache_size() == 1
 
 
