@@ -1,7 +1,7 @@
 """The sparse layer against a dense SwiGLU layer with the same active operations, forward and backward, float32.
 
-    python benchmarks/layer.py                          # the table and one JSON object on the last line
-    python benchmarks/layer.py --tokens=32768 --width=2048 --hidden=1024 --experts=64 --choices=8 --dtype=bfloat16
+    python -m benchmarks.layer                          # the table and one JSON object on the last line
+    python -m benchmarks.layer --tokens=32768 --width=2048 --hidden=1024 --experts=64 --choices=8 --dtype=bfloat16
 
 Routing is uniform or Zipf-skewed (expert e is 1/e times as popular as the first). `ratio` is the dense layer's time over
 the sparse one's: 1 means that sparsity is free. `rows` is what the experts multiply over what they must. `dispatch` is the
@@ -41,7 +41,7 @@ def context(tokens: int) -> RoutingContext:
 
 
 def sparse_layer(config: MoEConfig, x_TD: Any, dy_TD: Any, skew: float, rng: np.random.Generator) -> Any:
-    """() -> gradients of the layer, router and losses included; and the load of its experts."""
+    """() -> value and gradients of the layer, router and losses included; and the load of its experts."""
     tokens, width = x_TD.shape
     count, hidden = config.num_experts, config.ffn
     # The first input is 1, so the first row of the router is a bias: the logarithm of the popularity.
@@ -55,13 +55,16 @@ def sparse_layer(config: MoEConfig, x_TD: Any, dy_TD: Any, skew: float, rng: np.
         y_TD, record = mixture(config, {"w_DE": router}, {}, w_in, w_out, x_TD, where, None)
         return jnp.sum((y_TD * dy_TD).astype(jnp.float32)) + 0.01 * record.losses["balance"], record.load
 
-    differentiate = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3), has_aux=True))
+    differentiate = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3), has_aux=True))
     run = partial(differentiate, x_TD, jnp.asarray(router_DE), w_in, w_out, context(tokens))
-    return run, np.asarray(run()[1].received_E)
+    return run, np.asarray(run()[0][1].received_E)
 
 
 def dense_layer(hidden: int, x_TD: Any, dy_TD: Any, rng: np.random.Generator) -> Any:
-    """() -> gradients of a SwiGLU layer of that hidden width, its three matrices apart: the faster way on CPU."""
+    """() -> value and gradients of a SwiGLU layer of that hidden width, its three matrices apart: the faster way on CPU.
+
+    The value is asked for because gradients alone do not need the output, and the compiler would leave out its matmul.
+    """
     width = x_TD.shape[1]
     w_gate, w_up = (jnp.asarray(rng.normal(size=(width, hidden)) * width**-0.5, x_TD.dtype) for _ in range(2))
     w_out = jnp.asarray(rng.normal(size=(hidden, width)) * hidden**-0.5, x_TD.dtype)
@@ -70,7 +73,7 @@ def dense_layer(hidden: int, x_TD: Any, dy_TD: Any, rng: np.random.Generator) ->
         y_TD = (jax.nn.silu(x_TD @ w_gate) * (x_TD @ w_up)) @ w_out
         return jnp.sum((y_TD * dy_TD).astype(jnp.float32))
 
-    return partial(jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3))), x_TD, w_gate, w_up, w_out)
+    return partial(jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3))), x_TD, w_gate, w_up, w_out)
 
 
 def movement(config: MoEConfig, x_TD: Any, dy_TD: Any, rng: np.random.Generator) -> Any:

@@ -45,11 +45,15 @@ def attend(q_BLQH: Array, k_BSGH: Array, v_BSGH: Array, visible_BLS: Array, caus
     def block(begin: int, end: int, keys: int) -> Array:
         rows_BGNH = q_BGRLH[:, :, :, begin:end].reshape(batch, groups, -1, head_dim)
         scores_BGNS = jnp.einsum("bgnh,bgsh->bgns", rows_BGNH, k_BGSH[:, :, :keys], preferred_element_type=jnp.float32)
-        scores_BGRLS = jnp.where(visible_BLS[:, None, None, begin:end, :keys],
-                                 scores_BGNS.reshape(batch, groups, -1, end - begin, keys), jnp.finfo(jnp.float32).min)
-        probs_BGNS = jax.nn.softmax(scores_BGRLS).astype(v_BSGH.dtype).reshape(scores_BGNS.shape)
-        return jnp.einsum("bgns,bgsh->bgnh", probs_BGNS, v_BGSH[:, :, :keys]).reshape(
-            batch, groups, -1, end - begin, head_dim)
+        shown_BGRLS = jnp.broadcast_to(visible_BLS[:, None, None, begin:end, :keys],
+                                       (batch, 1, rows_BGNH.shape[2] // (end - begin), end - begin, keys))
+        scores_BGNS = jnp.where(shown_BGRLS.reshape(batch, 1, -1, keys), scores_BGNS, jnp.finfo(jnp.float32).min)
+        # Divided by its sum after the values: a row of H numbers rather than S, and the same for its gradient.
+        weight_BGNS = jnp.exp(scores_BGNS - jax.lax.stop_gradient(jnp.max(scores_BGNS, axis=-1, keepdims=True)))
+        sum_BGNH = jnp.einsum("bgns,bgsh->bgnh", weight_BGNS.astype(v_BSGH.dtype), v_BGSH[:, :, :keys],
+                              preferred_element_type=jnp.float32)
+        o_BGNH = (sum_BGNH / jnp.sum(weight_BGNS, axis=-1, keepdims=True)).astype(v_BSGH.dtype)
+        return o_BGNH.reshape(batch, groups, -1, end - begin, head_dim)
 
     if causal:
         size = max(QUERY_BLOCK, -(-length // MOST_BLOCKS))

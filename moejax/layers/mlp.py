@@ -10,7 +10,8 @@ from moejax import sharding
 
 def gated(h: Array) -> Array:
     """SwiGLU's non-linearity: silu(gate) * up, for [..., 2, F] -> [..., F]. Shazeer 2020, arXiv 2002.05202."""
-    return jax.nn.silu(h[..., 0, :]) * h[..., 1, :]
+    gate, up = jnp.split(h, 2, axis=-2)  # whose gradient is one concatenation
+    return jnp.squeeze(jax.nn.silu(gate) * up, axis=-2)
 
 
 def dropout(x: Array, rate: float, key: Array | None) -> Array:

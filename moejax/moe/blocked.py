@@ -45,14 +45,14 @@ def rows_computed(size: int, block_rows: int) -> int:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def feed_forward(x_RD: Array, sizes_E: Array, w_in_EDF: Array, w_out_EFD: Array, key: Array | None, block_rows: int,
+def feed_forward(x_RD: Array, sizes_E: Array, w_in_ED2F: Array, w_out_EFD: Array, key: Array | None, block_rows: int,
                  dropout_rate: float) -> Array:
     """SwiGLU experts on rows grouped by expert.
 
     Args:
       x_RD: rows; the first sizes_E[0] belong to expert 0, and so on; at least `step_rows(block_rows)` more than these.
       sizes_E: int32.
-      w_in_EDF: gate and up projections side by side.
+      w_in_ED2F: gate and up projections.
       w_out_EFD: down projections.
       key: for dropout on the hidden units, or None.
       block_rows: rows of a whole block.
@@ -61,12 +61,15 @@ def feed_forward(x_RD: Array, sizes_E: Array, w_in_EDF: Array, w_out_EFD: Array,
     Returns:
       y_RD; beyond the groups, anything finite.
     """
-    return _forward(x_RD, sizes_E, w_in_EDF, w_out_EFD, key, block_rows, dropout_rate)[0]
+    return _forward(x_RD, sizes_E, w_in_ED2F, w_out_EFD, key, block_rows, dropout_rate)[0]
 
 
-def _forward(x_RD, sizes_E, w_in_EDF, w_out_EFD, key, block_rows, dropout_rate):
+def _forward(x_RD, sizes_E, w_in_ED2F, w_out_EFD, key, block_rows, dropout_rate):
+    width, hidden = w_in_ED2F.shape[1], 2 * w_in_ED2F.shape[3]
+    end_E = jnp.cumsum(sizes_E)
+
     def expert(e: Array, carry: Any) -> Any:
-        w_in_DF, w_out_FD = w_in_EDF[e], w_out_EFD[e]
+        w_in_DF, w_out_FD = w_in_ED2F[e].reshape(width, hidden), w_out_EFD[e]
 
         def block(carry: Any, start: Array, end: Array, rows: int, last: bool) -> Any:
             y_RD, h_RF = carry
@@ -74,61 +77,65 @@ def _forward(x_RD, sizes_E, w_in_EDF, w_out_EFD, key, block_rows, dropout_rate):
             a_bF = _activate(h_bF, key, start, dropout_rate)
             return _write(y_RD, a_bF @ w_out_FD, start), _write(h_RF, h_bF, start)
 
-        return _over_blocks(block, sizes_E, e, block_rows, x_RD.shape[0], carry)
+        return _over_blocks(block, sizes_E[e], end_E[e], block_rows, x_RD.shape[0], carry)
 
     def empty(width: int) -> Array:
         return sharding.varying_like(jnp.zeros((x_RD.shape[0], width), x_RD.dtype), x_RD)
 
-    y_RD, h_RF = jax.lax.fori_loop(0, sizes_E.shape[0], expert, (empty(w_out_EFD.shape[2]), empty(w_in_EDF.shape[2])))
-    return y_RD, (x_RD, h_RF, sizes_E, w_in_EDF, w_out_EFD, key)
+    y_RD, h_RF = jax.lax.fori_loop(0, sizes_E.shape[0], expert, (empty(width), empty(hidden)))
+    # The weights are kept as they came, in which form a scan over layers already has them and need not stack them anew.
+    return y_RD, (x_RD, h_RF, sizes_E, w_in_ED2F, w_out_EFD, key)
 
 
 def _backward(block_rows, dropout_rate, saved, dy_RD):
-    x_RD, h_RF, sizes_E, w_in_EDF, w_out_EFD, key = saved
+    x_RD, h_RF, sizes_E, w_in_ED2F, w_out_EFD, key = saved
+    width, hidden = w_in_ED2F.shape[1], h_RF.shape[1]
+    end_E = jnp.cumsum(sizes_E)
 
-    def weight_gradient(a_bD: Array, b_bF: Array) -> Array:
-        return jnp.einsum("bd,bf->df", a_bD, b_bF, preferred_element_type=jnp.float32)
+    matmul = partial(jnp.matmul, preferred_element_type=jnp.float32)  # the sum over blocks would stall in less
 
     def expert(e: Array, carry: Any) -> Any:
-        w_in_DF, w_out_FD = w_in_EDF[e], w_out_EFD[e]
+        w_in_DF, w_out_FD = w_in_ED2F[e].reshape(width, hidden), w_out_EFD[e]
 
         def block(carry: Any, start: Array, end: Array, rows: int, last: bool) -> Any:
-            dx_RD, dw_in_EDF, dw_out_EFD = carry
+            dx_RD, dw_in_ED2F, dw_out_EFD = carry
             dy_bD = _rows(dy_RD, start, rows)
             if last:
                 dy_bD = jnp.where((start + jnp.arange(rows) < end)[:, None], dy_bD, 0)
             a_bF, pull = jax.vjp(lambda h_bF: _activate(h_bF, key, start, dropout_rate), _rows(h_RF, start, rows))
             dh_bF, = pull(dy_bD @ w_out_FD.T)
-            dw_in_EDF = add(dw_in_EDF, weight_gradient(_rows(x_RD, start, rows), dh_bF), last)
-            dw_out_EFD = add(dw_out_EFD, weight_gradient(a_bF, dy_bD), last)
-            return _write(dx_RD, dh_bF @ w_in_DF.T, start), dw_in_EDF, dw_out_EFD
+            # Transposed for real: XLA:CPU is slower at a matmul that sums over the first axis of both. For the other one the
+            # transpose would cost what it saves.
+            x_Db = jax.lax.optimization_barrier(_rows(x_RD, start, rows).T)
+            dw_in_ED2F = add(dw_in_ED2F, matmul(x_Db, dh_bF), last)
+            dw_out_EFD = add(dw_out_EFD, matmul(a_bF.T, dy_bD), last)
+            return _write(dx_RD, dh_bF @ w_in_DF.T, start), dw_in_ED2F, dw_out_EFD
 
-        def add(sum_EDF: Array, new_DF: Array, first: bool) -> Array:
+        def add(sums: Array, new_DF: Array, first: bool) -> Array:
             # The last block comes first, so it has nothing to add to.
-            return jax.lax.dynamic_update_index_in_dim(sum_EDF, new_DF if first else sum_EDF[e] + new_DF, e, 0)
+            new = new_DF.reshape(sums.shape[1:])
+            return jax.lax.dynamic_update_index_in_dim(sums, new if first else sums[e] + new, e, 0)
 
-        return _over_blocks(block, sizes_E, e, block_rows, x_RD.shape[0], carry)
+        return _over_blocks(block, sizes_E[e], end_E[e], block_rows, x_RD.shape[0], carry)
 
     def zeros(a: Array, dtype: Any) -> Array:
         return sharding.varying_like(jnp.zeros(a.shape, dtype), x_RD)
 
-    dx_RD, dw_in_EDF, dw_out_EFD = jax.lax.fori_loop(0, sizes_E.shape[0], expert, (
-        zeros(x_RD, x_RD.dtype), zeros(w_in_EDF, jnp.float32), zeros(w_out_EFD, jnp.float32)))
-    return dx_RD, None, dw_in_EDF.astype(w_in_EDF.dtype), dw_out_EFD.astype(w_out_EFD.dtype), None
+    dx_RD, dw_in_ED2F, dw_out_EFD = jax.lax.fori_loop(0, sizes_E.shape[0], expert, (
+        zeros(x_RD, x_RD.dtype), zeros(w_in_ED2F, jnp.float32), zeros(w_out_EFD, jnp.float32)))
+    return dx_RD, None, dw_in_ED2F.astype(w_in_ED2F.dtype), dw_out_EFD.astype(w_out_EFD.dtype), None
 
 
 feed_forward.defvjp(_forward, _backward)
 
 
-def _over_blocks(block: Callable[..., Any], sizes_E: Array, e: Array, block_rows: int, available: int,
+def _over_blocks(block: Callable[..., Any], size: Array, end: Array, block_rows: int, available: int,
                  carry: Any) -> Any:
-    """Runs `block(carry, start, end, rows, last)` over the rows of expert e: the last block, then the whole ones.
+    """Runs `block(carry, start, end, rows, last)` over the `size` rows before `end`: the last block, then the whole ones.
 
     Sizes above the `available` rows of the array are never needed.
     """
-    size, step = sizes_E[e], step_rows(block_rows)
-    start = jnp.sum(jnp.where(jnp.arange(sizes_E.shape[0]) < e, sizes_E, 0))
-    end, whole = start + size, size // block_rows
+    start, step, whole = end - size, step_rows(block_rows), size // block_rows
     tail, rest = start + whole * block_rows, size - whole * block_rows
     # Loops of no or one turn, as a conditional would copy the arrays that it writes. The start depends on i, or the
     # compiler would take the block out of the loop and compute every size each time.

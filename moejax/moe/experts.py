@@ -26,11 +26,10 @@ def feed_forward(x_RD: Array, sizes_E: Array, w_in_ED2F: Array, w_out_EFD: Array
     Returns:
       y_RD.
     """
-    experts, width, _, hidden = w_in_ED2F.shape
-    w_in_EDF = w_in_ED2F.reshape(experts, width, 2 * hidden)
     if compute == "blocked":
-        return blocked.feed_forward(x_RD, sizes_E, w_in_EDF, w_out_EFD, key, block_rows, dropout_rate)
-    h_RF = jax.lax.ragged_dot(x_RD, w_in_EDF, sizes_E)
+        return blocked.feed_forward(x_RD, sizes_E, w_in_ED2F, w_out_EFD, key, block_rows, dropout_rate)
+    experts, width, _, hidden = w_in_ED2F.shape
+    h_RF = jax.lax.ragged_dot(x_RD, w_in_ED2F.reshape(experts, width, 2 * hidden), sizes_E)
     h_RF = dropout(gated(h_RF.reshape(-1, 2, hidden)), dropout_rate, key)
     return jax.lax.ragged_dot(h_RF, w_out_EFD, sizes_E)
 

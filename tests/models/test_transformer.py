@@ -83,8 +83,9 @@ def test_batch_mates_change_nothing_in_evaluation(router):
     shuffled = run(model, params, state, {name: a[order] for name, a in batch.items()}).logits_BLV
     alone = run(model, params, state, {name: a[2:3] for name, a in batch.items()}).logits_BLV
     real = batch["segments"] > 0
-    np.testing.assert_allclose(shuffled[real[order]], whole[order][real[order]], atol=1e-6)
-    np.testing.assert_allclose(alone[0][real[2]], whole[2][real[2]], atol=1e-6)
+    bound = 1e-6 * np.abs(whole).max()  # a batch of another size is another program, with sums in another order
+    np.testing.assert_allclose(shuffled[real[order]], whole[order][real[order]], atol=bound)
+    np.testing.assert_allclose(alone[0][real[2]], whole[2][real[2]], atol=bound)
 
 
 @pytest.mark.parametrize("changes", [

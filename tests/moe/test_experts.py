@@ -73,8 +73,8 @@ def test_the_weight_gradients_of_many_blocks_do_not_lose_small_terms_in_bfloat16
 
     def total(w_out_EFD, count):
         x_RD = (jnp.arange(rows + 1) < count)[:, None].astype(jnp.bfloat16)
-        w_in_EDF = jnp.ones((1, 1, 2), jnp.bfloat16)
-        y_RD = blocked.feed_forward(x_RD, jnp.array([count], jnp.int32), w_in_EDF, w_out_EFD, None, 1, 0.0)
+        w_in_ED2F = jnp.ones((1, 1, 2, 1), jnp.bfloat16)
+        y_RD = blocked.feed_forward(x_RD, jnp.array([count], jnp.int32), w_in_ED2F, w_out_EFD, None, 1, 0.0)
         return jnp.sum(y_RD.astype(jnp.float32))
 
     gradient = jax.jit(jax.grad(total))
