@@ -104,8 +104,8 @@ def _backward(block_rows, dropout_rate, saved, dy_RD):
                 dy_bD = jnp.where((start + jnp.arange(rows) < end)[:, None], dy_bD, 0)
             a_bF, pull = jax.vjp(lambda h_bF: _activate(h_bF, key, start, dropout_rate), _rows(h_RF, start, rows))
             dh_bF, = pull(dy_bD @ w_out_FD.T)
-            # Transposed for real: XLA:CPU is slower at a matmul that sums over the first axis of both. For the other one the
-            # transpose would cost what it saves.
+            # Transposed for real: XLA:CPU is slower at a matmul that sums over the first axis of both. For the other one
+            # the transpose would cost what it saves.
             x_Db = jax.lax.optimization_barrier(_rows(x_RD, start, rows).T)
             dw_in_ED2F = add(dw_in_ED2F, matmul(x_Db, dh_bF), last)
             dw_out_EFD = add(dw_out_EFD, matmul(a_bF.T, dy_bD), last)
