@@ -1,8 +1,11 @@
 """How the train step of experiments/bench_mixtral_small.py grows: with experts at equal operations, and with layers.
 
-    python -m benchmarks.growth                       # 8, 64 and 256 experts; 4 and 16 layers
+    python -m benchmarks.growth                              # 8, 64 and 256 experts; 4 and 16 layers
+    python -m benchmarks.growth --sequences=8 --sequences=64 # with 2,048 and with 16,384 tokens in a batch
 
 The last line is a JSON object. `over_first` is a variant's time over that of the first, from runs in turn in one process.
+More experts are more weights, which the optimizer passes over once a step whatever the batch, so they cost less of a step
+with more tokens. 256 experts with AdamW hold 5 GB.
 """
 
 import json
@@ -12,13 +15,17 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import app, flags
 
 from benchmarks.timing import alternate, machine, table
 from moejax import allocator, config
 from moejax.train.benchmark import random_batch
 from moejax.train.setup import set_up
 
-EXPERTS, LAYERS, ROUNDS = (8, 64, 256), (4, 16), 5
+flags.DEFINE_multi_integer("experts", [8, 64, 256], "numbers of experts; the first is what the others are compared to")
+flags.DEFINE_multi_integer("sequences", [8], "batches, in sequences of 256 tokens; each makes a table")
+flags.DEFINE_multi_integer("layers", [4, 16], "numbers of layers to compile")
+flags.DEFINE_integer("rounds", 5, "timed rounds")
 
 
 def compiled_step(changes: dict[str, Any]) -> tuple[float, Any]:
@@ -43,21 +50,34 @@ def compiled_step(changes: dict[str, Any]) -> tuple[float, Any]:
     return seconds, run
 
 
-def main() -> None:
-    """Prints two tables and the JSON object."""
-    steps = {f"{count} experts": compiled_step({"moe.num_experts": count})[1] for count in EXPERTS}
-    seconds = alternate(steps, ROUNDS)
-    first = seconds[f"{EXPERTS[0]} experts"]
-    experts = [{"variant": name, "step_ms": 1e3 * taken, "over_first": taken / first} for name, taken in seconds.items()]
-    print(table([tuple(row.values()) for row in experts], ("experts", "ms a step", "over first")))
-    layers = [{"variant": f"{count} layers", "compile_seconds": compiled_step({"model.layers": count})[0]}
-              for count in LAYERS]
-    for row in layers:
-        row["over_first"] = row["compile_seconds"] / layers[0]["compile_seconds"]
-    print(table([tuple(row.values()) for row in layers], ("layers", "seconds to compile", "over first")))
-    print(json.dumps({"benchmark": "growth", "experts": experts, "layers": layers, "machine": machine()}))
+def over_first(rows: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+    """The rows, each with its `name` over that of the first."""
+    return [row | {"over_first": row[name] / rows[0][name]} for row in rows]
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """Prints rows as a table."""
+    print(table([tuple(row.values()) for row in rows], tuple(name.replace("_", " ") for name in rows[0])), flush=True)
+
+
+def main(argv: list[str]) -> None:
+    """Prints the tables and the JSON object."""
+    del argv
+    flag, growth = flags.FLAGS, []
+    for sequences in flag.sequences:
+        steps = {count: compiled_step({"moe.num_experts": count, "data.batch_size": sequences})[1]
+                 for count in flag.experts}
+        rows = over_first([{"tokens": 256 * sequences, "experts": count, "step_ms": 1e3 * seconds}
+                           for count, seconds in alternate(steps, flag.rounds).items()], "step_ms")
+        show(rows)
+        growth += rows
+        del steps
+    layers = over_first([{"layers": count, "compile_seconds": compiled_step({"model.layers": count})[0]}
+                         for count in flag.layers], "compile_seconds")
+    show(layers)
+    print(json.dumps({"benchmark": "growth", "experts": growth, "layers": layers, "machine": machine()}))
 
 
 if __name__ == "__main__":
     allocator.keep_memory()
-    main()
+    app.run(main)

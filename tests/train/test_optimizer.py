@@ -101,3 +101,13 @@ def test_clipping_bounds_the_global_norm(tree):
     clipped, plain = (jax.jit(rule.update)(g, rule.init(grads), grads)[0] for rule, g in zip(
         rules, (grads, jax.tree.map(lambda g: g * 0.5 / optimizer.global_norm(grads), grads))))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-8), clipped, plain)
+
+
+@pytest.mark.parametrize("most", [1e-3, 1.0, 1e6])
+def test_clipping_equals_optax(tree, most):
+    grads = random_like(tree[0], 6)
+    ours, theirs = (rule.update(grads, rule.init(grads))[0] for rule in (
+        optimizer.clip_by_global_norm(most), optax.clip_by_global_norm(most)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), ours, theirs)
+    if most == 1e6:
+        jax.tree.map(np.testing.assert_array_equal, ours, grads)
