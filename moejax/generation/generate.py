@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec
 from moejax import axes
 from moejax.config import UserError, check
 from moejax.generation import cache, prompts, sampling
-from moejax.models.transformer import Transformer
+from moejax.models.transformer import Transformer, split_layers
 from moejax.moe.routing import get_router
 
 
@@ -92,6 +92,7 @@ def generate(model: Transformer, params: Mapping[str, Any], tokens: Any, mask: A
     rows = prompts.round_up(batch, axes.BATCH_AXES)
     tokens_BL, mask_BL = (prompts.pad_to(a_BL, (rows, a_BL.shape[1])) for a_BL in (tokens_BL, mask_BL))
     tokens_BL, mask_BL = prompts.pack_left(tokens_BL, mask_BL, 1 + bucket(longest - 1, context))
+    model = model.clone(scan=model.scan and model.model.layers > UNROLLED_LAYERS)
     settings = Settings(float(temperature), int(top_k), float(top_p), float(repetition_penalty))
     new_BN, lengths_B = decode(model, params, tokens_BL, mask_BL, prompts.pad_to(digests_B2, (rows, 2)), stop_V,
                                settings, int(max_new_tokens), slots=bucket(int(max_new_tokens), context))
@@ -115,6 +116,11 @@ def check_decodable(model: Transformer) -> None:
 def bucket(count: int, most: int) -> int:
     """The next power of two, at least 16, but no more than `most` unless `count` is: few sizes, so few compilations."""
     return max(count, min(most, max(16, 1 << max(count - 1, 0).bit_length())))
+
+
+UNROLLED_LAYERS = 16
+"""Models of up to so many layers decode without a scan, which copies each layer's matrices for every token and takes longer
+the larger they are; deeper ones would take long to compile."""
 
 
 class Progress(NamedTuple):
@@ -157,6 +163,8 @@ def decode(model: Transformer, params: Mapping[str, Any], tokens_BL: Array, mask
     Returns:
       int32 [B, slots], of which the first `limit` columns have meaning, and int32 [B]; both replicated on a mesh.
     """
+    if not model.scan:
+        params = {**params, "params": split_layers(model, params["params"])}
     batch, length = tokens_BL.shape
     vocab_size = model.model.vocab_size
     keys_B = sampling.row_keys(digests_B2)

@@ -17,7 +17,7 @@ from moejax.layers.embedding import Embedding
 from moejax.layers.mlp import FeedForward, dropout
 from moejax.layers.norm import RMSNorm
 from moejax.layers.rotary import angles
-from moejax.models.stacks import plan_stacks
+from moejax.models.stacks import Stack, plan_stacks
 from moejax.moe.layer import MixtureOfExperts
 from moejax.moe.routing import get_router
 from moejax.moe.types import LayerRecord, RoutingContext, Totals
@@ -121,7 +121,7 @@ class Transformer(nn.Module):
       model, moe: settings.
       dtype: compute type.
       remat: what the backward pass recomputes, a name of config.train.remat.
-      scan: scan over the repeats of a stack, or unroll them.
+      scan: scan over the repeats of a stack, or run them one after another. The parameters are the same.
     """
 
     model: ModelConfig
@@ -145,7 +145,7 @@ class Transformer(nn.Module):
           train: apply dropout, router noise and the training capacity; needs the rng `dropout` if there is noise.
           totals: sizes of the whole batch, if this is a part of it.
           loads: pairs per expert in the whole batch, structured like `router_state`, if this is a part of it.
-          cache: from `empty_cache`, to go on from tokens seen before.
+          cache: from `empty_cache`, or as returned, to go on from tokens seen before.
           at: int32 scalar, first slot of the cache that the tokens take.
           cached_segments_BS: segments of the cache's slots, those of the tokens included; 0 where it is empty.
 
@@ -168,19 +168,34 @@ class Transformer(nn.Module):
         records, new_cache = {}, {}
         for i, stack in enumerate(plan_stacks(model.layers, self.moe)):
             name = f"stack_{i}"
-            run = nn.scan(
-                Run, variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True}, length=stack.repeats,
-                in_axes=(0, *(nn.broadcast,) * len(shared)), unroll=1 if self.scan else stack.repeats,
-                metadata_params={nn.PARTITION_NAME: "layers"})
             per_layer = (router_state.get(name, {}), (loads or {}).get(name, {}), (cache or {}).get(name, {}))
-            x_BLD, (stack_records, stack_cache) = run(model, self.moe, stack.sparse, self.dtype, self.remat, name=name)(
-                x_BLD, per_layer, *shared)
+            if self.scan or self.is_initializing():
+                run = nn.scan(
+                    Run, variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True}, length=stack.repeats,
+                    in_axes=(0, *(nn.broadcast,) * len(shared)), metadata_params={nn.PARTITION_NAME: "layers"})
+                x_BLD, (stack_records, stack_cache) = run(
+                    model, self.moe, stack.sparse, self.dtype, self.remat, name=name)(x_BLD, per_layer, *shared)
+            else:
+                x_BLD, (stack_records, stack_cache) = self.one_by_one(name, stack, x_BLD, per_layer, *shared)
             if stack_records:
                 records[name] = stack_records
             if stack_cache:
                 new_cache[name] = stack_cache
         x_BLD = RMSNorm(model.norm_eps, name="final_norm")(x_BLD)
         return ModelOutput(x_BLD, embedding.logits(x_BLD), records, new_cache or None)
+
+    def one_by_one(self, name: str, stack: Stack, x_BLD: Array, per_layer: tuple[Any, Any, Any],
+                   *shared: Any) -> tuple[Array, tuple[Any, tuple[Any, ...]]]:
+        """What a scan over a stack's repeats does, without one; returns the caches as a tuple over repeats."""
+        params, records, caches = self.variables["params"][name], [], []
+        for r in range(stack.repeats):
+            noise = {"dropout": self.make_rng("dropout")} if self.has_rng("dropout") else {}
+            x_BLD, (record, cache) = Run(self.model, self.moe, stack.sparse, self.dtype, self.remat, parent=None).apply(
+                {"params": layer_of(params, r)}, x_BLD, tuple(layer_of(part, r) for part in per_layer), *shared,
+                rngs=noise)
+            records.append(record)
+            caches += [cache] if cache else []
+        return x_BLD, (jax.tree.map(lambda *layers: jnp.stack(layers), *records), tuple(caches))
 
 
 def build(config: Config) -> Transformer:
@@ -196,6 +211,23 @@ def build(config: Config) -> Transformer:
               "set config.moe.allow_noncausal_routing=True if you know what you do")
     train = config.train
     return Transformer(config.model, moe, jnp.dtype(train.dtype), train.remat, train.scan_layers)
+
+
+def layer_of(tree: Any, repeat: int) -> Any:
+    """One layer's part of a tree with a leading axis over layers, or in which tuples take the place of that axis."""
+    if isinstance(tree, tuple):
+        return tree[repeat]
+    return jax.tree.map(lambda a: a[repeat], tree)
+
+
+def split_layers(model: Transformer, params: Mapping[str, Any]) -> dict[str, Any]:
+    """The same parameters with a tuple over layers for each stack: what a model that does not scan can take as well.
+
+    A loop around such a model reads the matrices where they lie, while it would cut a stack apart in every turn.
+    """
+    repeats = {f"stack_{i}": stack.repeats for i, stack in enumerate(plan_stacks(model.model.layers, model.moe))}
+    return {name: tuple(layer_of(tree, r) for r in range(repeats[name])) if name in repeats else tree
+            for name, tree in params.items()}
 
 
 def abstract_params(model: Transformer) -> tuple[Any, Any]:

@@ -89,6 +89,14 @@ def test_cached_greedy_decoding_is_the_argmax_of_full_forward_passes(any_model, 
     assert len(np.unique(tokens_BN)) > 4, "a model that says one thing tests nothing"
 
 
+@pytest.mark.parametrize("unrolled_layers", [0, 4])
+def test_a_scan_over_layers_and_layers_one_by_one_generate_the_same(any_model, unrolled_layers, monkeypatch):
+    model, params = any_model
+    monkeypatch.setattr(generate, "UNROLLED_LAYERS", unrolled_layers)
+    got = generate.generate(model, params, PROMPTS, max_new_tokens=6)
+    np.testing.assert_array_equal(got.tokens, reference(model, params, PROMPTS, 6, 1.0))
+
+
 def test_cached_logits_are_those_of_the_forward_pass(sparse):
     model, params = sparse
     lengths, known = (17, 20, 18, 15), 6
