@@ -72,7 +72,7 @@ def main(argv: list[str]) -> None:
         show(rows)
         growth += rows
         del steps
-    layers = over_first([{"layers": count, "compile_seconds": compiled_step({"model.layers": count})[0]}
+    layers = over_first([{"layers": count, "compile_seconds": compiled_step({"model.layers": count, "train.scan_layers": True})[0]}
                          for count in flag.layers], "compile_seconds")
     show(layers)
     print(json.dumps({"benchmark": "growth", "experts": growth, "layers": layers, "machine": machine()}))

@@ -140,7 +140,7 @@ class TrainConfig:
     remat: str = key("none", "what the backward pass recomputes: nothing, all but matmul results, or whole blocks",
                      choices=("none", "dots", "full"), free=True)
     dtype: str = key("float32", "compute type; parameters and routers stay float32", choices=("float32", "bfloat16"))
-    scan_layers: bool = key(True, "scan over equal blocks (fast to compile) rather than unroll them", free=True)
+    scan_layers: bool = key(True, "scan over equal blocks (fast to compile) rather than run them one by one", free=True)
     loss_chunk: int | None = key(512, "tokens whose logits a device holds at once; None for all of its batch", low=1,
                                  free=True)
     label_smoothing: float = key(0.0, "share of the target's probability spread over the vocabulary", low=0, high=1)

@@ -187,12 +187,12 @@ class Transformer(nn.Module):
     def one_by_one(self, name: str, stack: Stack, x_BLD: Array, per_layer: tuple[Any, Any, Any],
                    *shared: Any) -> tuple[Array, tuple[Any, tuple[Any, ...]]]:
         """What a scan over a stack's repeats does, without one; returns the caches as a tuple over repeats."""
-        params, records, caches = self.variables["params"][name], [], []
-        for r in range(stack.repeats):
+        params, *rest = (by_layer(tree, stack.repeats) for tree in (self.variables["params"][name], *per_layer))
+        records, caches = [], []
+        for params_of, *own in zip(params, *rest, strict=True):
             noise = {"dropout": self.make_rng("dropout")} if self.has_rng("dropout") else {}
             x_BLD, (record, cache) = Run(self.model, self.moe, stack.sparse, self.dtype, self.remat, parent=None).apply(
-                {"params": layer_of(params, r)}, x_BLD, tuple(layer_of(part, r) for part in per_layer), *shared,
-                rngs=noise)
+                {"params": params_of}, x_BLD, tuple(own), *shared, rngs=noise)
             records.append(record)
             caches += [cache] if cache else []
         return x_BLD, (jax.tree.map(lambda *layers: jnp.stack(layers), *records), tuple(caches))
@@ -213,11 +213,14 @@ def build(config: Config) -> Transformer:
     return Transformer(config.model, moe, jnp.dtype(train.dtype), train.remat, train.scan_layers)
 
 
-def layer_of(tree: Any, repeat: int) -> Any:
-    """One layer's part of a tree with a leading axis over layers, or in which tuples take the place of that axis."""
+def by_layer(tree: Any, repeats: int) -> tuple[Any, ...]:
+    """A tree with a leading axis over a stack's repeats as one tree for each; such a tuple is returned as it is."""
     if isinstance(tree, tuple):
-        return tree[repeat]
-    return jax.tree.map(lambda a: a[repeat], tree)
+        return tree
+    # Split rather than indexed, as the gradient of that is one concatenation.
+    leaves, structure = jax.tree.flatten(jax.tree.map(lambda a: jnp.split(a, repeats), tree),
+                                         is_leaf=lambda node: isinstance(node, list))
+    return tuple(jax.tree.unflatten(structure, [leaf[r][0] for leaf in leaves]) for r in range(repeats))
 
 
 def split_layers(model: Transformer, params: Mapping[str, Any]) -> dict[str, Any]:
@@ -226,8 +229,7 @@ def split_layers(model: Transformer, params: Mapping[str, Any]) -> dict[str, Any
     A loop around such a model reads the matrices where they lie, while it would cut a stack apart in every turn.
     """
     repeats = {f"stack_{i}": stack.repeats for i, stack in enumerate(plan_stacks(model.model.layers, model.moe))}
-    return {name: tuple(layer_of(tree, r) for r in range(repeats[name])) if name in repeats else tree
-            for name, tree in params.items()}
+    return {name: by_layer(tree, repeats[name]) if name in repeats else tree for name, tree in params.items()}
 
 
 def abstract_params(model: Transformer) -> tuple[Any, Any]:
