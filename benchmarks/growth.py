@@ -10,6 +10,7 @@ with more tokens. 256 experts with AdamW hold 5 GB.
 
 import json
 import runpy
+import statistics
 import time
 from typing import Any
 
@@ -17,7 +18,7 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from benchmarks.timing import alternate, machine, table
+from benchmarks.timing import alternate, machine, over, table
 from moejax import allocator, config
 from moejax.train.benchmark import random_batch
 from moejax.train.setup import set_up
@@ -50,11 +51,6 @@ def compiled_step(changes: dict[str, Any]) -> tuple[float, Any]:
     return seconds, run
 
 
-def over_first(rows: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
-    """The rows, each with its `name` over that of the first."""
-    return [row | {"over_first": row[name] / rows[0][name]} for row in rows]
-
-
 def show(rows: list[dict[str, Any]]) -> None:
     """Prints rows as a table."""
     print(table([tuple(row.values()) for row in rows], tuple(name.replace("_", " ") for name in rows[0])), flush=True)
@@ -67,13 +63,15 @@ def main(argv: list[str]) -> None:
     for sequences in flag.sequences:
         steps = {count: compiled_step({"moe.num_experts": count, "data.batch_size": sequences})[1]
                  for count in flag.experts}
-        rows = over_first([{"tokens": 256 * sequences, "experts": count, "step_ms": 1e3 * seconds}
-                           for count, seconds in alternate(steps, flag.rounds).items()], "step_ms")
+        seconds = alternate(steps, flag.rounds)
+        rows = [{"tokens": 256 * sequences, "experts": count, "step_ms": 1e3 * statistics.median(taken),
+                 "over_first": over(taken, seconds[flag.experts[0]])} for count, taken in seconds.items()]
         show(rows)
         growth += rows
         del steps
-    layers = over_first([{"layers": count, "compile_seconds": compiled_step({"model.layers": count, "train.scan_layers": True})[0]}
-                         for count in flag.layers], "compile_seconds")
+    compiling = {count: compiled_step({"model.layers": count, "train.scan_layers": True})[0] for count in flag.layers}
+    layers = [{"layers": count, "compile_seconds": taken, "over_first": taken / compiling[flag.layers[0]]}
+              for count, taken in compiling.items()]
     show(layers)
     print(json.dumps({"benchmark": "growth", "experts": growth, "layers": layers, "machine": machine()}))
 

@@ -9,15 +9,20 @@ from typing import Any, Callable, Mapping
 import jax
 
 
-def alternate(variants: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Median seconds of each variant over `rounds` rounds, in each of which all run once; two more rounds warm up."""
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
+def alternate(variants: Mapping[Any, Callable[[], Any]], rounds: int) -> dict[Any, list[float]]:
+    """Seconds of each variant in `rounds` rounds, in each of which all run once; two more rounds before them warm up."""
+    seconds: dict[Any, list[float]] = {name: [] for name in variants}
     for _ in range(rounds + 2):
         for name, run in variants.items():
             start = time.perf_counter()
             jax.block_until_ready(run())
             seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(taken[2:]) for name, taken in seconds.items()}
+    return {name: taken[2:] for name, taken in seconds.items()}
+
+
+def over(first: list[float], second: list[float]) -> float:
+    """The median over the rounds of how many times longer `first` took: a machine that drifts does so for both."""
+    return statistics.median(a / b for a, b in zip(first, second, strict=True))
 
 
 def machine() -> dict[str, Any]:

@@ -43,13 +43,10 @@ def plan(assignments: Assignments, sizes: Sizes) -> CellPlan:
     pairs, experts = assignments.expert_N.shape[0], devices * local
     cell = pairs if sizes.buffer_factor is None else max(1, min(pairs, math.ceil(pairs * sizes.buffer_factor / devices)))
 
-    expert_N = jnp.where(assignments.valid_N, assignments.expert_N, experts)
-    sorted_N, order_N = jax.lax.sort((expert_N, jnp.arange(pairs, dtype=jnp.int32)), num_keys=1, is_stable=True)
-    first_E = jnp.searchsorted(sorted_N, jnp.arange(experts + 1)).astype(jnp.int32)
-    device_N = sorted_N // local
-    place_N = jnp.arange(pairs, dtype=jnp.int32) - first_E[device_N * local]
-    row_N = jnp.where((device_N < devices) & (place_N < cell), device_N * cell + place_N, devices * cell)
-    row_N = jnp.zeros(pairs, jnp.int32).at[order_N].set(row_N, unique_indices=True)
+    place_N, expert_N, first_E = sort.order(assignments, experts)
+    device_N = expert_N // local
+    in_cell_N = place_N - first_E[device_N * local]
+    row_N = jnp.where((device_N < devices) & (in_cell_N < cell), device_N * cell + in_cell_N, devices * cell)
 
     # Within a cell the rows are ordered by expert, so how many there are of each tells the receiver whose they are.
     bounds_Pe = first_E[:-1].reshape(devices, local), first_E[1:].reshape(devices, local)

@@ -42,14 +42,24 @@ class SortPlan:
 
 def plan(assignments: Assignments, sizes: Sizes) -> SortPlan:
     """Orders the valid pairs by expert, keeping list order within one, with rows of nothing behind them."""
-    pairs, num_experts = assignments.expert_N.shape[0], sizes.experts
-    rows = -(-(pairs + sizes.spare) // sizes.multiple) * sizes.multiple
+    rows = -(-(assignments.expert_N.shape[0] + sizes.spare) // sizes.multiple) * sizes.multiple
+    place_N, _, first_E = order(assignments, sizes.experts)
+    row_N = jnp.where(assignments.valid_N, place_N, rows)
+    return lay_out(assignments, row_N, rows, sizes.tokens, jnp.diff(first_E))
+
+
+def order(assignments: Assignments, num_experts: int) -> tuple[Array, Array, Array]:
+    """Puts the pairs in order of their experts, keeping list order within one, those that are not valid last.
+
+    Returns:
+      int32: the place of each pair [N]; its expert, or `num_experts` if it is not valid [N]; and the first place of each
+      expert [E + 1], that behind the last one included.
+    """
+    pair_N = jnp.arange(assignments.expert_N.shape[0], dtype=jnp.int32)
     expert_N = jnp.where(assignments.valid_N, assignments.expert_N, num_experts)
-    sorted_N, order_N = jax.lax.sort((expert_N, jnp.arange(pairs, dtype=jnp.int32)), num_keys=1, is_stable=True)
-    sizes_E = jnp.diff(jnp.searchsorted(sorted_N, jnp.arange(num_experts + 1)).astype(jnp.int32))
-    place_N = jnp.where(sorted_N < num_experts, jnp.arange(pairs, dtype=jnp.int32), rows)
-    row_N = jnp.zeros(pairs, jnp.int32).at[order_N].set(place_N, unique_indices=True)
-    return lay_out(assignments, row_N, rows, sizes.tokens, sizes_E)
+    sorted_N, order_N = jax.lax.sort((expert_N, pair_N), num_keys=1, is_stable=True)
+    first_E = jnp.searchsorted(sorted_N, jnp.arange(num_experts + 1)).astype(jnp.int32)
+    return jnp.zeros_like(pair_N).at[order_N].set(pair_N, unique_indices=True), expert_N, first_E
 
 
 def lay_out(assignments: Assignments, row_N: Array, rows: int, tokens: int, sizes_E: Array) -> SortPlan:
