@@ -3,7 +3,7 @@
 Command   python -m moejax.main --config=experiments/bench_mixtral_small.py --mode=benchmark
 Hardware  2 CPU cores, 2 GB of memory
 Time      half a minute
-Result    1,655 to 2,119 tokens a second on a shared machine; see benchmarks/README.md
+Result    1,357 to 2,232 tokens a second on a shared machine; see benchmarks/README.md
 """
 
 from moejax import config
