@@ -117,7 +117,7 @@ def clip_by_global_norm(most: float) -> optax.GradientTransformation:
     """
     def clip(updates: Any, params: Any = None) -> Any:
         del params
-        scale = most / jnp.maximum(global_norm(updates), most)
+        scale = most / jnp.maximum(global_norm(updates), max(most, jnp.finfo(jnp.float32).tiny))
         return jax.tree.map(lambda update: (update * scale).astype(update.dtype), updates)
 
     return optax.stateless(clip)

@@ -111,3 +111,10 @@ def test_clipping_equals_optax(tree, most):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), ours, theirs)
     if most == 1e6:
         jax.tree.map(np.testing.assert_array_equal, ours, grads)
+
+
+def test_clipping_to_a_norm_of_nothing_gives_zeros(tree):
+    rule = optimizer.clip_by_global_norm(0.0)
+    for grads in (random_like(tree[0], 6), jax.tree.map(lambda s: jnp.zeros(s.shape), tree[0])):
+        clipped = rule.update(grads, rule.init(grads))[0]
+        assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(clipped))
