@@ -45,9 +45,9 @@ def attend(q_BLQH: Array, k_BSGH: Array, v_BSGH: Array, visible_BLS: Array, caus
     def block(begin: int, end: int, keys: int) -> Array:
         rows_BGNH = q_BGRLH[:, :, :, begin:end].reshape(batch, groups, -1, head_dim)
         scores_BGNS = jnp.einsum("bgnh,bgsh->bgns", rows_BGNH, k_BGSH[:, :, :keys], preferred_element_type=jnp.float32)
-        shown_BGRLS = jnp.broadcast_to(visible_BLS[:, None, None, begin:end, :keys],
-                                       (batch, 1, rows_BGNH.shape[2] // (end - begin), end - begin, keys))
-        scores_BGNS = jnp.where(shown_BGRLS.reshape(batch, 1, -1, keys), scores_BGNS, jnp.finfo(jnp.float32).min)
+        # One mask for every query head of a group, whose rows follow each other.
+        shown_BGNS = jnp.tile(visible_BLS[:, None, begin:end, :keys], (1, 1, q_BGRLH.shape[2], 1))
+        scores_BGNS = jnp.where(shown_BGNS, scores_BGNS, jnp.finfo(jnp.float32).min)
         # Divided by its sum after the values: a row of H numbers rather than S, and the same for its gradient.
         weight_BGNS = jnp.exp(scores_BGNS - jax.lax.stop_gradient(jnp.max(scores_BGNS, axis=-1, keepdims=True)))
         sum_BGNH = jnp.einsum("bgns,bgsh->bgnh", weight_BGNS.astype(v_BSGH.dtype), v_BGSH[:, :, :keys],

@@ -218,9 +218,9 @@ def by_layer(tree: Any, repeats: int) -> tuple[Any, ...]:
     if isinstance(tree, tuple):
         return tree
     # Split rather than indexed, as the gradient of that is one concatenation.
-    leaves, structure = jax.tree.flatten(jax.tree.map(lambda a: jnp.split(a, repeats), tree),
-                                         is_leaf=lambda node: isinstance(node, list))
-    return tuple(jax.tree.unflatten(structure, [leaf[r][0] for leaf in leaves]) for r in range(repeats))
+    split = jax.tree.map(lambda a: jnp.split(a, repeats), tree)
+    return tuple(jax.tree.map(lambda parts, r=r: parts[r][0], split, is_leaf=lambda node: isinstance(node, list))
+                 for r in range(repeats))
 
 
 def split_layers(model: Transformer, params: Mapping[str, Any]) -> dict[str, Any]:
