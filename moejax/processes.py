@@ -21,6 +21,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from moejax.config import UserError, check
 
 METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/attributes/"
+THREADS = 32
+"""Least number of threads for XLA:CPU in one of several processes.
+
+A collective there holds a thread until the other processes come to it, and the next program's devices hold threads while
+they wait for the one before. With a thread for each device, XLA's own number on few cores, both together can take all of
+them while one device still needs one: all processes then wait for ever. Eight for each of four devices leave room.
+"""
 
 
 def start(coordinator: str | None, count: int | None, index: int | None, seconds: int) -> None:
@@ -86,6 +93,7 @@ def tpu_metadata(key: str) -> str:
 
 def _join(seconds: int, where: str, arguments: Mapping[str, Any]) -> None:
     """`jax.distributed.initialize` whose failure is a `UserError`; jax itself would abort with a stack trace."""
+    os.environ.setdefault("PJRT_NPROC", str(max(THREADS, os.cpu_count() or 1)))
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM away from us
     failures = []
 

@@ -39,6 +39,7 @@ def get_config():
 """
 MEETING = """\
 import json, sys
+from pathlib import Path
 import jax
 import numpy as np
 from moejax import processes, sharding
@@ -57,6 +58,8 @@ for sizes, dealt in ((dict(data=8), devices), (dict(replica=2, expert=4), device
     assert placed.shape == whole_BL.shape
     for shard in placed.addressable_shards:
         np.testing.assert_array_equal(shard.data, whole_BL[shard.index])
+if sys.platform == "linux":
+    assert len(list(Path("/proc/self/task").iterdir())) > processes.THREADS  # XLA:CPU took the number
 agree = processes.agree_by_step()
 answers = [agree(here == 1 and step == 3) for step in range(6)]
 try:
