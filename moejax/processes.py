@@ -22,11 +22,10 @@ from moejax.config import UserError, check
 
 METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/attributes/"
 THREADS = 32
-"""Least number of threads for XLA:CPU in one of several processes.
+"""Least number of threads for XLA:CPU in one of several processes: eight for each of four devices.
 
-A collective there holds a thread until the other processes come to it, and the next program's devices hold threads while
-they wait for the one before. With a thread for each device, XLA's own number on few cores, both together can take all of
-them while one device still needs one: all processes then wait for ever. Eight for each of four devices leave room.
+On few cores XLA takes one for each device. Two processes then stood still when one of them paused for a moment: the
+devices of one waited in a collective, of the other some there and some for a place to run, with no thread left.
 """
 
 
