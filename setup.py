@@ -43,6 +43,7 @@ setup(
         "gpu": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],
         "tpu-aot": ["libtpu>=0.0.48"],  # to compile TPU programs on a machine without one
-        "test": [*EXAMPLES, "hypothesis", "pytest", "pytest-xdist", "ruff"],
+        "plots": ["matplotlib"],
+        "test": [*EXAMPLES, "hypothesis", "matplotlib", "pytest", "pytest-xdist", "ruff"],
     },
 )

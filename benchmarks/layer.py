@@ -24,6 +24,7 @@ from moejax.config import MoEConfig
 from moejax.moe import blocked, experts
 from moejax.moe.dispatch import DISPATCHERS, Sizes
 from moejax.moe.layer import mixture
+from moejax.moe.routing import resolve
 from moejax.moe.types import Assignments, RoutingContext, Totals
 
 flags.DEFINE_integer("tokens", 4096, "T")
@@ -38,7 +39,7 @@ flags.DEFINE_integer("rounds", 7, "timed rounds")
 def context(tokens: int) -> RoutingContext:
     """One sequence without padding."""
     return RoutingContext(jnp.zeros(tokens, jnp.int32), jnp.ones(tokens, bool), Totals(jnp.float32(tokens), jnp.float32(1)),
-                          None, None, sequences=1, shards=1, train=True)
+                          whole=None, carry_TC=None, key=None, sequences=1, shards=1, train=True)
 
 
 def sparse_layer(config: MoEConfig, x_TD: Any, dy_TD: Any, skew: float, rng: np.random.Generator) -> Any:
@@ -53,7 +54,7 @@ def sparse_layer(config: MoEConfig, x_TD: Any, dy_TD: Any, skew: float, rng: np.
     w_out = jnp.asarray(rng.normal(size=(count, hidden, width)) * hidden**-0.5, x_TD.dtype)
 
     def loss(x_TD: Any, router: Any, w_in: Any, w_out: Any, where: RoutingContext) -> Any:
-        y_TD, record = mixture(config, {"w_DE": router}, {}, w_in, w_out, x_TD, where, None)
+        y_TD, record, *_ = mixture(config, {"w_DE": router}, {}, w_in, w_out, x_TD, where, None)
         return jnp.sum((y_TD * dy_TD).astype(jnp.float32)) + 0.01 * record.losses["balance"], record.load
 
     differentiate = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3), has_aux=True))
@@ -109,7 +110,7 @@ def main(argv: list[str]) -> None:
     variants, loads, configs = {"dense": dense_layer(flag.choices * flag.hidden, x_TD, dy_TD, rng)}, {}, {}
     for count in flag.experts:
         for name, skew in (("uniform", 0.0), ("zipf", 1.0)):
-            config = MoEConfig(num_experts=count, experts_per_token=flag.choices, ffn=flag.hidden)
+            config = resolve(MoEConfig(num_experts=count, experts_per_token=flag.choices, ffn=flag.hidden))
             key = f"{count} experts, {name}"
             configs[key] = config
             variants[key], loads[key] = sparse_layer(config, x_TD, dy_TD, skew, rng)

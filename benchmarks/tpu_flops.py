@@ -31,6 +31,7 @@ from jax.sharding import PartitionSpec as P
 from moejax import axes, compiler_options, sharding
 from moejax.config import MeshConfig, MoEConfig
 from moejax.moe.layer import mixture
+from moejax.moe.routing import resolve
 from moejax.moe.types import RoutingContext, Totals
 
 # v4 is two cores a chip unless asked to be one. Every topology has eight devices.
@@ -52,11 +53,11 @@ def measure(generation, dispatch, shape):
     devices = devices[:1] if dispatch == "sort" else devices
     mesh = sharding.make_mesh(MeshConfig(data=-1, expert=split), devices)
     tokens = T * mesh.size
-    config = MoEConfig(num_experts=E, experts_per_token=K, compute="ragged_dot", dispatch=dispatch)
+    config = resolve(MoEConfig(num_experts=E, experts_per_token=K, compute="ragged_dot", dispatch=dispatch))
 
     def forward(router, w_in_ED2F, w_out_EFD, x_TD):
         context = RoutingContext(jnp.zeros(tokens, jnp.int32), jnp.ones(tokens, bool),
-                                 Totals(jnp.float32(tokens), jnp.float32(mesh.size)), load_E=None, key=None,
+                                 Totals(jnp.float32(tokens), jnp.float32(mesh.size)), whole=None, carry_TC=None, key=None,
                                  sequences=mesh.size, shards=mesh.size, train=True)
         return mixture(config, router, {}, w_in_ED2F, w_out_EFD, x_TD, context, None)[0]
 

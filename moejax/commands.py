@@ -21,6 +21,7 @@ from moejax.data.tokenizers import load_tokenizer
 from moejax.evaluation.load import load, load_sharded
 from moejax.generation.generate import generate as generate_tokens
 from moejax.metrics.record import Recorder
+from moejax.models import transformer
 from moejax.train import benchmark as timing
 from moejax.train import loop
 from moejax.train.setup import set_up
@@ -109,7 +110,8 @@ def stored_config(workdir: Path) -> dict[str, Any]:
 def config_of_run(config: Config | None, workdir: Path) -> Config:
     """The given config, if it may go with the run in the workdir, or the one stored there."""
     if config is None:
-        return read_config(workdir)
+        return transformer.resolve(read_config(workdir))
+    config = transformer.resolve(config)
     check_continues(workdir, config)
     return config
 

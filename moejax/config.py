@@ -13,6 +13,9 @@ from typing import Any, Mapping, Sequence
 
 from ml_collections import ConfigDict, config_dict
 
+AUTO = "auto"
+"""The value of a key that is left to the router; see `routed_key`."""
+
 
 class UserError(Exception):
     """The user's input is wrong. The message is one line: what, where, what to do. The program exits with status 2."""
@@ -23,6 +26,16 @@ def key(default: Any, help: str, *, choices: Sequence[Any] = (), low: float | No
     """A config field. `low` and `high` bound it (inclusive); `free` keys may change when a run is continued."""
     metadata = dict(help=help, choices=tuple(choices), low=low, high=high, free=free)
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def routed_key(fallback: Any, help: str, **bounds: Any) -> Any:
+    """A config field that is left to the router: `auto` takes what the router's paper sets, else `fallback`.
+
+    `moejax.moe.routing.resolve` puts the values in.
+    """
+    field = key(AUTO, help, **bounds)
+    field.metadata = types.MappingProxyType(dict(field.metadata, fallback=fallback))
+    return field
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,30 +64,38 @@ class MoEConfig:
 
     every: int = key(1, "every n-th block is sparse; 0 makes the model dense", low=0)
     first_dense: int = key(0, "number of leading blocks that stay dense", low=0)
-    router: str = key("topk", "a name in moejax.moe.routing.ROUTERS")
+    router: str = key("topk", "a name in moejax.moe.routing.ROUTERS; python -m moejax.moe.routing lists them")
     num_experts: int = key(8, "experts in a sparse layer (E)", low=1)
-    experts_per_token: int = key(2, "experts that a token reaches (K); for expert_choice the mean", low=1)
+    experts_per_token: int = routed_key(2, "experts that a token reaches (K); the mean where their number varies", low=1)
     ffn: int | None = key(None, "hidden width of one expert (F); None takes model.ffn", low=1)
-    shared_experts: int = key(0, "experts that every token passes, in addition to the K routed ones", low=0)
-    score: str = key("softmax", "gate function of topk and expert_choice", choices=("softmax", "sigmoid"))
-    renormalize: bool = key(True, "divide the K chosen weights by their sum")
-    route_scale: float = key(1.0, "factor on the routed weights")
-    jitter: float = key(0.0, "training noise: multiply the router's input by U(1-j, 1+j)", low=0, high=1)
-    router_init: float = key(1.0, "factor on the router's initial standard deviation 1/sqrt(D)", low=0)
-    balance_weight: float = key(0.01, "weight of the load-balancing loss, which is 1 at perfect balance", low=0)
-    balance_scope: str = key("global", "tokens over which the load-balancing loss is taken",
-                             choices=("sequence", "shard", "global"))
-    z_weight: float = key(0.001, "weight of the router z-loss", low=0)
-    bias_rate: float = key(0.0, "step of the auxiliary-loss-free selection bias; 0 turns it off", low=0)
-    bias_rule: str = key("sign", "the bias moves by the sign of the load error or in proportion to it",
-                         choices=("sign", "proportional"))
-    capacity_factor: float | None = key(None, "room of an expert over its mean load, in training; None is dropless",
-                                        low=0)
-    eval_capacity_factor: float | None = key(None, "the same in evaluation and generation", low=0, free=True)
-    drop_policy: str = key("choice_major", "who keeps a place in a full expert: all first choices before any second, "
-                           "the earlier token, or the larger weight", choices=("choice_major", "token_major", "weight"))
-    routing_group: str = key("sequence", "tokens among which capacity and expert choice are decided",
-                             choices=("sequence", "global"))
+    latent_divisor: int = routed_key(1, "experts work on vectors of width D over this, between two projections that they "
+                                     "share (LatentMoE); 1 has none", low=1)
+    shared_experts: int = routed_key(0, "experts that every token passes, in addition to the K routed ones", low=0)
+    shared_gate: str = routed_key("none", "weight of the shared experts: 1, a sigmoid of the token (Qwen2-MoE), or a "
+                                  "softmax between them and the routed ones (PR-MoE)",
+                                  choices=("none", "sigmoid", "softmax"))
+    score: str = routed_key("softmax", "gate function", choices=("softmax", "sigmoid"))
+    renormalize: bool = routed_key(True, "divide the K chosen weights by their sum")
+    route_scale: float = routed_key(1.0, "factor on the routed weights")
+    jitter: float = routed_key(0.0, "training noise: multiply the router's input by U(1-j, 1+j)", low=0, high=1)
+    router_init: float = routed_key(1.0, "factor on the router's initial standard deviation 1/sqrt(D)", low=0)
+    balance_weight: float = routed_key(0.01, "weight of the load-balancing loss, which is 1 at perfect balance", low=0)
+    balance_scope: str = routed_key("global", "tokens over which the load-balancing loss is taken",
+                                    choices=("sequence", "shard", "global"))
+    z_weight: float = routed_key(0.001, "weight of the router z-loss", low=0)
+    bias_rate: float = routed_key(0.0, "step of the auxiliary-loss-free selection bias; 0 turns it off", low=0)
+    bias_rule: str = routed_key("sign", "the bias moves by the sign of the load error or in proportion to it",
+                                choices=("sign", "proportional"))
+    capacity_factor: float | None = routed_key(None, "room of an expert over its mean load, in training; None is dropless",
+                                               low=0)
+    eval_capacity_factor: float | None = routed_key(None, "the same in evaluation and generation", low=0, free=True)
+    drop_policy: str = routed_key(
+        "token_major", "who keeps a place in a full expert: earlier tokens with all their choices, all first choices "
+        "before any second, tokens with the largest weight (choice by choice), or pairs with the larger weight",
+        choices=("token_major", "choice_major", "token_weight", "weight"))
+    routing_group: str = routed_key("sequence", "tokens among which capacity and the choice of experts are decided",
+                                    choices=("sequence", "global"))
+    options: Any = key(None, "options of the router by name; python -m moejax.moe.routing ROUTER lists them")
     allow_noncausal_routing: bool = key(False, "allow a router that looks at later tokens in a decoder")
     expert_dropout: float = key(0.0, "dropout rate on the experts' hidden units", low=0, high=1)
     dispatch: str = key("auto", "how tokens reach their experts", free=True,
@@ -85,6 +106,10 @@ class MoEConfig:
     compute: str = key("auto", "the grouped matmul: blocked (CPU) or ragged_dot (TPU, GPU)", free=True,
                        choices=("auto", "blocked", "ragged_dot"))
     block_rows: int = key(384, "rows of one block in the blocked grouped matmul", low=1, free=True)
+
+
+ROUTED = tuple(field.name for field in dataclasses.fields(MoEConfig) if "fallback" in field.metadata)
+"""Keys that are left to the router."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,19 +203,10 @@ class Config:
         check(model.heads % model.kv_heads == 0,
               f"config.model.kv_heads={model.kv_heads} does not divide config.model.heads={model.heads}")
         check(model.head_dim % 2 == 0, f"config.model.head_dim={model.head_dim} is odd; the rotary embedding needs pairs")
-        check(moe.experts_per_token <= moe.num_experts,
-              f"config.moe.experts_per_token={moe.experts_per_token} is more than config.moe.num_experts={moe.num_experts}")
-        check(not (moe.every and moe.router == "topk" and moe.experts_per_token == 1 and moe.renormalize),
-              "config.moe.renormalize=True with config.moe.experts_per_token=1 makes every weight 1, so the router gets "
-              "no gradient; set config.moe.renormalize=False")
         check(data.length <= model.max_length,
               f"config.data.length={data.length} is more than config.model.max_length={model.max_length}")
         check(data.batch_size % train.microbatches == 0,
               f"config.train.microbatches={train.microbatches} does not divide config.data.batch_size={data.batch_size}")
-        check(not (moe.every and train.microbatches > 1 and moe.routing_group == "global"
-                   and (moe.capacity_factor is not None or moe.router == "expert_choice")),
-              "config.moe.routing_group=global decides over the whole batch and cannot be split into "
-              f"config.train.microbatches={train.microbatches}; use routing_group=sequence or one micro-batch")
         check(not (moe.every and train.microbatches > 1 and moe.balance_scope == "shard"),
               "config.moe.balance_scope=shard depends on how a batch is split; with config.train.microbatches > 1 use "
               "global or sequence")
@@ -241,7 +257,7 @@ def default() -> ConfigDict:
         out = ConfigDict()
         for field in dataclasses.fields(group):
             value = getattr(group, field.name)
-            optional = isinstance(field.type, types.UnionType)
+            optional = isinstance(field.type, types.UnionType) or field.type is Any or value == AUTO
             out[field.name] = (convert(value) if dataclasses.is_dataclass(value)
                                else config_dict.placeholder(object) if optional else value)
             if optional:
@@ -256,10 +272,11 @@ def build(tree: Mapping[str, Any]) -> Config:
     Raises:
       UserError: an unknown key, a value of the wrong type or out of range, or values that cannot work together.
     """
-    return _build(Config, tree.to_dict() if isinstance(tree, ConfigDict) else tree, "config")
+    return build_group(Config, tree.to_dict() if isinstance(tree, ConfigDict) else tree, "config")
 
 
-def _build(kind: type, tree: Mapping[str, Any], where: str) -> Any:
+def build_group(kind: type, tree: Mapping[str, Any], where: str) -> Any:
+    """One dataclass of `key` fields from a mapping; `where` names it in errors, e.g. `config.moe`."""
     known = {field.name: field for field in dataclasses.fields(kind)}
     values = {}
     for name, value in tree.items():
@@ -267,7 +284,7 @@ def _build(kind: type, tree: Mapping[str, Any], where: str) -> Any:
         field = known[name]
         if dataclasses.is_dataclass(field.type):
             check(isinstance(value, Mapping), f"{where}.{name} is a group of keys, not {value!r}")
-            values[name] = _build(field.type, value, f"{where}.{name}")
+            values[name] = build_group(field.type, value, f"{where}.{name}")
         else:
             values[name] = _typed(field, value, f"{where}.{name}")
     return kind(**values)
@@ -275,6 +292,11 @@ def _build(kind: type, tree: Mapping[str, Any], where: str) -> Any:
 
 def _typed(field: dataclasses.Field, value: Any, where: str) -> Any:
     """The value as the field's type, or `UserError`."""
+    if value == AUTO and "fallback" in field.metadata:
+        return AUTO
+    if field.type is Any:
+        check(value is None or isinstance(value, Mapping), f"{where}={value!r} must be None or a dict of options by name")
+        return value
     optional = isinstance(field.type, types.UnionType)
     wanted = typing.get_args(field.type)[0] if optional else field.type
     if value is None and optional:
@@ -294,10 +316,15 @@ def _typed(field: dataclasses.Field, value: Any, where: str) -> Any:
 
 
 def changed(old: Config, new: Config) -> tuple[list[str], list[str]]:
-    """Keys that differ between two configs, as (those that forbid continuing a run, those that are free to change)."""
+    """Keys that differ between two resolved configs: (those that forbid continuing a run, those free to change).
+
+    What an older version did not know, and so left open, differs from nothing.
+    """
     old_flat, new_flat = flatten(to_dict(old)), flatten(to_dict(new))
-    differing = [name for name in new_flat if old_flat[name] != new_flat[name]]
-    free = [name for name in differing if fields()[name].metadata["free"]]
+    known = fields()
+    unknown = [f"moe.{name}" for name in ROUTED if old_flat[f"moe.{name}"] == AUTO]
+    differing = [name for name in new_flat if name not in unknown and old_flat.get(name, new_flat[name]) != new_flat[name]]
+    free = [name for name in differing if name in known and known[name].metadata["free"]]
     return [name for name in differing if name not in free], free
 
 
@@ -307,7 +334,8 @@ def table() -> str:
     for name, field in fields().items():
         choices = field.metadata["choices"]
         listed = f" ({', '.join(map(str, choices))})" if len(choices) > 1 else ""
-        rows.append(f"| `config.{name}` | `{field.default}` | {field.metadata['help']}{listed} |")
+        fallback = f" ({field.metadata['fallback']})" if "fallback" in field.metadata else ""
+        rows.append(f"| `config.{name}` | `{field.default}`{fallback} | {field.metadata['help']}{listed} |")
     return "\n".join(rows)
 
 

@@ -8,7 +8,6 @@ import runpy
 import sys
 import traceback
 import typing
-from dataclasses import Field
 from pathlib import Path
 from typing import Any, Mapping, Sequence
 
@@ -21,6 +20,7 @@ from moejax.config import Config, UserError, check, nearest
 
 MODES = ("train", "eval", "generate", "benchmark", "shardings")
 CONFIG_PREFIX = "config."
+OPTIONS_PREFIX = "config.moe.options."
 INTERRUPTED = 130
 """The exit status after Ctrl-C, as shells have it."""
 
@@ -49,8 +49,19 @@ flags
 """
 
 
-def define_flags() -> flags.FlagValues:
-    """A fresh set of all flags: those below, and one for each key of the config, read by `overrides`."""
+class BooleanOrAuto(flags.BooleanParser):
+    """A switch that may be left to the router."""
+
+    def parse(self, argument: Any) -> Any:
+        """True, False or `auto`."""
+        return argument if argument == config_lib.AUTO else super().parse(argument)
+
+
+def define_flags(options: Sequence[str] = ()) -> flags.FlagValues:
+    """A fresh set of all flags: those below, one for each key of the config, and the router options of these names.
+
+    Which options there are only the router knows; it checks them when the config is resolved.
+    """
     values = flags.FlagValues()
     flags.DEFINE_boolean("help", False, "print this and exit", short_name="h", flag_values=values)
     flags.DEFINE_string("config", None, "FILE[:ARGUMENT], e.g. experiments/tiny.py", flag_values=values)
@@ -74,12 +85,17 @@ def define_flags() -> flags.FlagValues:
     for name, field in config_lib.fields().items():
         define = flags.DEFINE_boolean if field.type is bool else flags.DEFINE_string
         define(CONFIG_PREFIX + name, None, field.metadata["help"], flag_values=values)
+        if field.type is bool and field.default == config_lib.AUTO:
+            values[CONFIG_PREFIX + name].parser = BooleanOrAuto()
+    for name in options:
+        flags.DEFINE_string(name, None, "an option of the router", flag_values=values)
     return values
 
 
 def parse_flags(argv: Sequence[str]) -> flags.FlagValues:
     """absl's parser, with every mistake turned into a `UserError`."""
-    values = define_flags()
+    given = (argument.lstrip("-").partition("=")[0] for argument in argv)
+    values = define_flags(sorted({name for name in given if name.startswith(OPTIONS_PREFIX)}))
     try:
         rest = values(list(argv))
     except flags.UnrecognizedFlagError as error:
@@ -120,12 +136,13 @@ def unknown_flag(name: str, values: flags.FlagValues) -> str:
 def overrides(values: flags.FlagValues) -> dict[str, Any]:
     """The keys of the config that the command line sets, with their values as Python literals where they are some."""
     fields = config_lib.fields()
-    given = {name: values[CONFIG_PREFIX + name] for name in fields}
-    return {name: _literal(fields[name], flag.value) for name, flag in given.items() if flag.present}
+    given = {name.removeprefix(CONFIG_PREFIX): values[name] for name in values if name.startswith(CONFIG_PREFIX)}
+    return {name: _literal(fields[name].type if name in fields else Any, flag.value)
+            for name, flag in given.items() if flag.present}
 
 
-def _literal(field: Field, value: Any) -> Any:
-    types = typing.get_args(field.type) or (field.type,)
+def _literal(kind: Any, value: Any) -> Any:
+    types = typing.get_args(kind) or (kind,)
     if str in types:
         return None if value == "None" and type(None) in types else value
     try:
@@ -184,11 +201,15 @@ def _reason(error: Exception) -> str:
 
 def override(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """Nested dicts with some keys, given by their dotted names, set to other values."""
-    tree = {name: dict(value) if isinstance(value, Mapping) else value for name, value in tree.items()}
+    tree = dict(tree)
     for name, value in changes.items():
-        group, _, key = name.rpartition(".")
-        node = tree.setdefault(group, {}) if group else tree
-        if isinstance(node, dict):  # else `config.build` says that this is a group of keys
+        node, (*groups, key) = tree, name.split(".")
+        for group in groups:
+            inner = node.get(group)
+            if not (inner is None or isinstance(inner, Mapping)):
+                break  # `config.build` says that this is a group of keys
+            node[group] = node = dict(inner or {})
+        else:
             node[key] = value
     return tree
 
@@ -204,7 +225,10 @@ def make_config(values: flags.FlagValues, workdir: Path | None) -> Config | None
     if not changes:
         return None
     from moejax.commands import stored_config
-    return config_lib.build(override(stored_config(workdir), changes))
+    stored = stored_config(workdir)
+    if "moe.router" in changes:  # another router has other options
+        stored = override(stored, {"moe.options": None})
+    return config_lib.build(override(stored, changes))
 
 
 def run(values: flags.FlagValues) -> None:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from moejax import config as config_lib
 from moejax.config import Config, UserError, build, default
+from moejax.models import transformer
 
 
 def test_fewer_than_a_hundred_keys_and_each_says_what_it_is():
@@ -34,6 +35,11 @@ def test_default_builds_to_the_defaults_and_json_round_trips():
     ({"model": {"heads": 6, "kv_heads": 4}}, "does not divide"),
     ({"moe": {"experts_per_token": 9}}, "more than config.moe.num_experts=8"),
     ({"moe": {"experts_per_token": 1}}, "no gradient; set config.moe.renormalize=False"),
+    ({"moe": {"balance_weight": "atuo"}}, "config.moe.balance_weight='atuo' must be of type float"),
+    ({"moe": {"options": 3}}, "must be None or a dict of options by name"),
+    ({"moe": {"options": {"grops": 2}}}, r"unknown config key config\.moe\.options\.grops \(did you mean groups\?\)"),
+    ({"moe": {"options": {"groups": 3}}}, "config.moe.options.groups=3 does not divide config.moe.num_experts=8"),
+    ({"moe": {"capacity_factor": 1.0, "drop_policy": "choice_major"}}, "token_major would not"),
     ({"data": {"length": 2000}}, "max_length=1024"),
     ({"train": {"microbatches": 3}}, "does not divide"),
     ({"train": {"microbatches": 2}, "moe": {"balance_scope": "shard"}}, "global or sequence"),
@@ -41,7 +47,7 @@ def test_default_builds_to_the_defaults_and_json_round_trips():
 ])
 def test_what_cannot_be_is_refused_in_one_line(tree, message):
     with pytest.raises(UserError, match=message) as error:
-        build(tree)
+        transformer.resolve(build(tree))
     assert "\n" not in str(error.value)
 
 

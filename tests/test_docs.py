@@ -6,9 +6,12 @@ import re
 import shlex
 
 import pytest
+import test_routers as laws
 
 from moejax import config as config_lib
 from moejax import main
+from moejax.moe import routing
+from moejax.moe.routing.__main__ import table
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -57,6 +60,29 @@ def test_links_lead_somewhere():
             assert target.startswith("http") or (page.parent / target).exists(), (page, target)
 
 
+def test_the_readme_lists_the_routers_that_there_are():
+    assert table() in (ROOT / "README.md").read_text(), "paste what python -m moejax.moe.routing prints into README.md"
+
+
+@pytest.fixture
+def example():
+    """The new router of docs/routers.md, added as the document says."""
+    (_, block), = [pair for pair in blocks("python") if pair[0].name == "routers.md"]
+    assert len(block.splitlines()) <= 60
+    exec(compile(block, "routers.md", "exec"), {"__name__": "routers_md"})
+    yield "adaptive"
+    del routing.ROUTERS["adaptive"]
+
+
+def test_the_example_of_a_new_router_keeps_the_laws_of_all_routers(example):
+    laws.test_metadata_is_complete_and_resolving_twice_changes_nothing(example)
+    laws.test_everything_is_finite_and_float32_and_padding_has_no_pair(example)
+    laws.test_padding_of_any_content_changes_nothing_for_real_tokens(example, True)
+    laws.test_a_router_is_causal_exactly_if_it_says_so(example)
+    laws.test_the_losses_and_sums_of_micro_batches_add_up_to_those_of_the_big_batch(example)
+    laws.test_a_router_with_weights_learns_from_the_output_alone(example)
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A folder that holds runs/tiny, trained for two steps."""
@@ -72,7 +98,8 @@ def trained(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("page, block", blocks("python"), ids=lambda value: getattr(value, "name", None))
+@pytest.mark.parametrize("page, block", [pair for pair in blocks("python") if pair[0].name != "routers.md"],
+                         ids=lambda value: getattr(value, "name", None))
 def test_python_snippets_run(page, block, trained, monkeypatch):
     monkeypatch.chdir(trained)
     exec(compile(block, str(page), "exec"), {})

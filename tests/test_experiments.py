@@ -10,7 +10,8 @@ from moejax import config as config_lib
 from moejax.models import count
 from moejax.train.setup import describe, set_up
 
-EXPERIMENTS = sorted((pathlib.Path(__file__).parent.parent / "experiments").rglob("*.py"))
+ROOT = pathlib.Path(__file__).parent.parent
+EXPERIMENTS = sorted(path for path in (ROOT / "experiments").rglob("*.py") if "def get_config(" in path.read_text())
 
 
 def load(path):
@@ -23,7 +24,7 @@ def load(path):
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
 def test_builds(path):
     module = load(path)
-    for word in ("Command ", "Hardware ", "Time ", "Result ", f"--config=experiments/{path.name}"):
+    for word in ("Command ", "Hardware ", "Time ", "Result ", f"--config={path.relative_to(ROOT)}"):
         assert word in module.__doc__
     config = config_lib.build(module.get_config())
     setup = set_up(config)
@@ -38,8 +39,8 @@ def test_builds(path):
 
 
 def named(name):
-    config = config_lib.build(load(next(path for path in EXPERIMENTS if path.stem == name)).get_config())
-    return config, set_up(config)
+    setup = set_up(config_lib.build(load(next(path for path in EXPERIMENTS if path.stem == name)).get_config()))
+    return setup.config, setup
 
 
 def test_the_dense_control_has_equal_operations():

@@ -17,6 +17,7 @@ from moejax import config as config_lib
 from moejax.checkpoint import Store, open_workdir, read_config
 from moejax.data.prepare import prepare
 from moejax.main import main, make_config, parse_flags
+from moejax.models import transformer
 
 ROOT = Path(__file__).parent.parent
 CONFIG = """\
@@ -49,7 +50,7 @@ def here(tmp_path, monkeypatch):
 @pytest.fixture
 def run_there(here):
     """The workdir `w` of a run with checkpoints of steps 10 and 20, made without training."""
-    config = make_config(parse_flags(["main", "--config=c.py"]), None)
+    config = transformer.resolve(make_config(parse_flags(["main", "--config=c.py"]), None))
     open_workdir(here / "w", config, print)
     content = prepare(config, here / "w" / "data", lambda line: None).content
     _, params, router = tiny_model(config)
@@ -185,8 +186,7 @@ def test_every_key_can_be_given_its_own_value(here, name):
     (("data.eval_batch_size=12",), "config.data.eval_batch_size=12 cannot be split"),
     (("train.microbatches=2",), "config.data.batch_size/config.train.microbatches=8/2=4 cannot be split"),
     (("moe.every=1", "mesh.expert=4"), "moe/w_in: dimension experts=6 cannot be split over mesh axis expert of size 4"),
-    (("moe.every=1", "moe.router=topc"), "config.moe.router='topc' must be one of topk, expert_choice, hash (did you "
-     "mean topk?)"),
+    (("moe.every=1", "moe.router=topc"), "config.moe.router='topc' must be one of topk, switch"),
     (("moe.every=1", "moe.router=expert_choice"), "set config.moe.allow_noncausal_routing=True"),
     (("data.source=nowhere.txt",), "no file matches 'nowhere.txt'"),
     (("data.source=nowhere/*.txt",), "no file matches 'nowhere/*.txt'"),

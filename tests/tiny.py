@@ -21,7 +21,7 @@ def tiny_config(**changes) -> Config:
     for name, value in changes.items():
         group, _, key = name.rpartition("__")
         (tree[group] if group else tree)[key] = value
-    return config_lib.build(tree)
+    return transformer.resolve(config_lib.build(tree))
 
 
 def tiny_batch(config: Config, seed: int = 0, padded: int = 3) -> dict[str, np.ndarray]:

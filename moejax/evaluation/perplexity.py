@@ -44,7 +44,8 @@ def make_eval_step(forward: Callable[..., tuple[Array, Any]], objective: Callabl
     def eval_step(params: Any, router_state: Any, batch: Mapping[str, Array]) -> tuple[dict[str, Array], Any]:
         x_BLD, records = forward(params, router_state, batch)
         _, sums = objective(params, x_BLD, batch["targets"], batch["mask"])
-        return sums | {"targets": batch["mask"].sum()}, in_order(records)
+        told = [record.replace(statistics={}) for record in in_order(records)]
+        return sums | {"targets": batch["mask"].sum()}, told
     return eval_step
 
 

@@ -102,7 +102,7 @@ def generate(model: Transformer, params: Mapping[str, Any], tokens: Any, mask: A
 def check_decodable(model: Transformer) -> None:
     """Raises `UserError` unless the model can be asked for one token after another, each row on its own."""
     moe, mesh = model.moe, jax.sharding.get_abstract_mesh()
-    if moe.every and not get_router(moe.router).causal:
+    if moe.every and not get_router(moe.router).generates:
         raise UserError(f"config.moe.router={moe.router} chooses among tokens that are not there yet, so it has no rule"
                         " for generating; use a token-choice router such as topk")
     if moe.every and moe.eval_capacity_factor is not None and moe.routing_group == "global":

@@ -13,10 +13,14 @@ from moejax.layers.rotary import rotate
 
 @struct.dataclass
 class Cache:
-    """Keys and values of the tokens seen so far, [B, S, G, H]; stacked along a leading axis over equal layers."""
+    """Keys and values of the tokens seen so far, [B, S, G, H]; stacked along a leading axis over equal layers.
+
+    `on_BS` tells which of them the layer's block worked on, if some may pass it.
+    """
 
     k_BSGH: Array
     v_BSGH: Array
+    on_BS: Array | None = None
 
 
 QUERY_BLOCK, MOST_BLOCKS = 128, 16
@@ -113,7 +117,7 @@ class Attention(nn.Module):
         if cache is not None:
             k_BSGH = jax.lax.dynamic_update_slice_in_dim(cache.k_BSGH, k_BSGH, at, axis=1)
             v_BSGH = jax.lax.dynamic_update_slice_in_dim(cache.v_BSGH, v_BSGH, at, axis=1)
-            cache = Cache(k_BSGH, v_BSGH)
+            cache = cache.replace(k_BSGH=k_BSGH, v_BSGH=v_BSGH)
         # With the sequence split over the context axis, each device keeps its queries and gathers all keys and values.
         q_BLQH = sharding.constrain(q_BLQH, "batch", "length", "q_heads", None)
         k_BSGH, v_BSGH = (sharding.constrain(a, "batch", None, "kv_heads", None) for a in (k_BSGH, v_BSGH))

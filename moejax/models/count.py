@@ -34,14 +34,21 @@ def forward_flops(model: ModelConfig, moe: MoEConfig, length: int) -> float:
     """Floating-point operations of the matmuls of a forward pass, per token, in sequences of `length` tokens.
 
     A multiply-add counts 2. Attention scores and values count the causal half, (length + 1) / 2 keys a token. Router
-    and K experts are counted as a dropless layer computes them; norms, softmax and other elementwise work is not.
+    and experts are counted as a dropless layer computes them on average; merging experts, norms, softmax and other
+    elementwise work is not.
     """
     width, heads = model.embed, model.heads * model.head_dim
     attention = 2 * width * (2 * heads + 2 * model.kv_heads * model.head_dim) + 2 * heads * (length + 1)
     dense = 6 * width * model.ffn
-    hidden = moe.ffn or model.ffn
-    router = 2 * sum(math.prod(p.shape) for p in get_router(moe.router).parameters(moe, width).values())
-    sparse = router + 6 * width * hidden * (moe.experts_per_token + moe.shared_experts)
+    router = get_router(moe.router)
+    scores = 2 * sum(math.prod(p.shape) for p in router.parameters(moe, width).values() if len(p.shape) > 1)
+    passes = router.passes(moe, length)
+    if router.level == "block":
+        sparse = scores + passes * (attention + dense) - attention
+    else:
+        hidden, inner = moe.ffn or model.ffn, width // moe.latent_divisor
+        latent = 4 * width * inner if moe.latent_divisor > 1 else 0
+        sparse = scores + latent + 6 * hidden * (inner * passes + width * moe.shared_experts)
     blocks = sum(stack.repeats * sum(attention + (sparse if is_sparse else dense) for is_sparse in stack.sparse)
                  for stack in plan_stacks(model.layers, moe))
     return blocks + 2 * width * model.vocab_size

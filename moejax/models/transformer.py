@@ -1,5 +1,6 @@
 """The Transformer: embedding, stacks of pre-norm blocks with dense or sparse feed-forward layers, head."""
 
+import dataclasses
 from functools import partial
 from typing import Any, Mapping
 
@@ -17,9 +18,10 @@ from moejax.layers.embedding import Embedding
 from moejax.layers.mlp import FeedForward, dropout
 from moejax.layers.norm import RMSNorm
 from moejax.layers.rotary import angles
+from moejax.models.depths import DepthRouted
 from moejax.models.stacks import Stack, plan_stacks
-from moejax.moe.layer import MixtureOfExperts
-from moejax.moe.routing import get_router
+from moejax.moe import routing
+from moejax.moe.layer import DECISIONS, MixtureOfExperts
 from moejax.moe.types import LayerRecord, RoutingContext, Totals
 
 REMAT_POLICIES = {
@@ -63,9 +65,10 @@ class Block(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x_BLD: Array, state: Any, load_E: Array | None, cache: Cache | None, rotary: tuple[Array, Array],
-                 visible_BLS: Array, at: Array | None, context: RoutingContext) -> tuple[Array, LayerRecord | None, Any]:
-        """Returns [B, L, D], the record of a sparse layer (else None) and the new cache."""
+    def __call__(self, x_BLD: Array, carry_TC: Array | None, state: Any, whole: Any, cache: Cache | None,
+                 rotary: tuple[Array, Array], visible_BLS: Array, at: Array | None, context: RoutingContext
+                 ) -> tuple[Array, Array | None, LayerRecord | None, Any]:
+        """Returns [B, L, D], what the next router sees, the record of a sparse layer (else None) and the new cache."""
         model, moe = self.model, self.moe
         out_scale = (2 * model.layers)**-0.5  # keeps the residual stream's variance independent of depth
         drop_key = self.make_rng("dropout") if context.train and model.dropout > 0 else None
@@ -81,11 +84,21 @@ class Block(nn.Module):
             y_BLD, record = FeedForward(model.ffn, out_scale, self.dtype, name="feed_forward")(h_BLD), None
         else:
             hidden = moe.ffn or model.ffn
-            y_BLD, record = MixtureOfExperts(moe, hidden, out_scale, self.dtype, name="moe")(
-                h_BLD, state, context.replace(load_E=load_E))
+            y_BLD, record, carry_TC = MixtureOfExperts(moe, hidden, out_scale, self.dtype, name="moe")(
+                h_BLD, state, context.replace(whole=whole, carry_TC=carry_TC))
             if moe.shared_experts:
-                y_BLD += FeedForward(moe.shared_experts * hidden, out_scale, self.dtype, name="shared")(h_BLD)
-        return x_BLD + dropout(y_BLD, model.dropout, feed_forward_key), record, cache
+                shared_BLD = FeedForward(moe.shared_experts * hidden, out_scale, self.dtype, name="shared")(h_BLD)
+                y_BLD = with_shared(moe.shared_gate, y_BLD, shared_BLD, self.shared_logits(h_BLD))
+        return x_BLD + dropout(y_BLD, model.dropout, feed_forward_key), carry_TC, record, cache
+
+    def shared_logits(self, h_BLD: Array) -> Array | None:
+        """Scores of the shared experts (sigmoid), or of them and the routed ones (softmax), for each token, float32."""
+        count = {"none": 0, "sigmoid": 1, "softmax": 2}[self.moe.shared_gate]
+        if count == 0:
+            return None
+        w_DC = self.param("shared_gate", nn.with_logical_partitioning(
+            nn.initializers.normal(self.model.embed**-0.5), ("embed", "router")), (self.model.embed, count))
+        return h_BLD.astype(jnp.float32) @ w_DC
 
 
 class Run(nn.Module):
@@ -98,20 +111,27 @@ class Run(nn.Module):
     remat: str
 
     @nn.compact
-    def __call__(self, x_BLD: Array, per_layer: tuple[dict, dict, dict], *shared: Any) -> tuple[Array, tuple[dict, dict]]:
-        """Returns [B, L, D] and, by block name, records and caches."""
-        states, loads, caches = per_layer
-        block = Block if self.remat == "none" else nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+    def __call__(self, stream: tuple[Array, Array | None], per_layer: tuple[dict, dict, dict], *shared: Any
+                 ) -> tuple[tuple[Array, Array | None], tuple[dict, dict]]:
+        """Takes and returns [B, L, D] and what routers hand on; and returns, by block name, records and caches."""
+        (x_BLD, carry_TC), (states, wholes, caches) = stream, per_layer
+        around = self.moe.every > 0 and routing.get_router(self.moe.router).level == "block"
+        dense = partial(Block, self.model, self.moe, False, self.dtype)
+        kinds = {False: (Block, dense.args), True: (DepthRouted, (self.moe, dense)) if around else (
+            Block, (self.model, self.moe, True, self.dtype))}
         records, new_caches = {}, {}
         for j, sparse in enumerate(self.sparse):
             name = f"block_{j}"
-            x_BLD, record, cache = block(self.model, self.moe, sparse, self.dtype, name=name)(
-                x_BLD, states.get(name, {}), loads.get(name), caches.get(name), *shared)
+            kind, settings = kinds[sparse]
+            if self.remat != "none":
+                kind = nn.remat(kind, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+            x_BLD, carry_TC, record, cache = kind(*settings, name=name)(
+                x_BLD, carry_TC, states.get(name, {}), wholes.get(name), caches.get(name), *shared)
             if record is not None:
                 records[name] = record
             if cache is not None:
                 new_caches[name] = cache
-        return x_BLD, (records, new_caches)
+        return (x_BLD, carry_TC), (records, new_caches)
 
 
 class Transformer(nn.Module):
@@ -132,7 +152,7 @@ class Transformer(nn.Module):
 
     @nn.compact
     def __call__(self, tokens_BL: Array, positions_BL: Array, segments_BL: Array, router_state: Mapping[str, Any], *,
-                 train: bool = False, totals: Totals | None = None, loads: Mapping[str, Any] | None = None,
+                 train: bool = False, totals: Totals | None = None, wholes: Mapping[str, Any] | None = None,
                  cache: Mapping[str, Any] | None = None, at: Array | None = None,
                  cached_segments_BS: Array | None = None) -> ModelOutput:
         """Scores the next token at every position.
@@ -144,7 +164,7 @@ class Transformer(nn.Module):
           router_state: from `initial_router_state`, or as trained.
           train: apply dropout, router noise and the training capacity; needs the rng `dropout` if there is noise.
           totals: sizes of the whole batch, if this is a part of it.
-          loads: pairs per expert in the whole batch, structured like `router_state`, if this is a part of it.
+          wholes: the routers' statistics of the whole batch, by stack and block, if this is a part of it.
           cache: from `empty_cache`, or as returned, to go on from tokens seen before.
           at: int32 scalar, first slot of the cache that the tokens take.
           cached_segments_BS: segments of the cache's slots, those of the tokens included; 0 where it is empty.
@@ -159,58 +179,83 @@ class Transformer(nn.Module):
             totals = count_totals(mask_BL)
         mesh = sharding.current_mesh()
         shards = 1 if mesh is None else sharding.size(mesh, axes.BATCH_AXES)
-        context = RoutingContext(tokens_BL.reshape(-1), mask_BL.reshape(-1), totals, load_E=None, key=None,
+        context = RoutingContext(tokens_BL.reshape(-1), mask_BL.reshape(-1), totals, whole=None, carry_TC=None, key=None,
                                  sequences=tokens_BL.shape[0], shards=shards, train=train)
         visible_BLS = visibility(segments_BL, cached_segments_BS, at)
         shared = (angles(positions_BL, model.head_dim, model.rope_base), visible_BLS, at, context)
 
-        x_BLD = embedding(tokens_BL)
+        carried = routing.get_router(self.moe.router).carry(self.moe) if self.moe.every else 0
+        stream = embedding(tokens_BL), jnp.zeros((tokens_BL.size, carried)) if carried else None
         records, new_cache = {}, {}
         for i, stack in enumerate(plan_stacks(model.layers, self.moe)):
             name = f"stack_{i}"
-            per_layer = (router_state.get(name, {}), (loads or {}).get(name, {}), (cache or {}).get(name, {}))
+            per_layer = (router_state.get(name, {}), (wholes or {}).get(name, {}), (cache or {}).get(name, {}))
             if self.scan or self.is_initializing():
                 run = nn.scan(
-                    Run, variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True}, length=stack.repeats,
-                    in_axes=(0, *(nn.broadcast,) * len(shared)), metadata_params={nn.PARTITION_NAME: "layers"})
-                x_BLD, (stack_records, stack_cache) = run(
-                    model, self.moe, stack.sparse, self.dtype, self.remat, name=name)(x_BLD, per_layer, *shared)
+                    Run, variable_axes={"params": 0, DECISIONS: 0}, split_rngs={"params": True, "dropout": True},
+                    length=stack.repeats, in_axes=(0, *(nn.broadcast,) * len(shared)),
+                    metadata_params={nn.PARTITION_NAME: "layers"})
+                stream, (stack_records, stack_cache) = run(
+                    model, self.moe, stack.sparse, self.dtype, self.remat, name=name)(stream, per_layer, *shared)
             else:
-                x_BLD, (stack_records, stack_cache) = self.one_by_one(name, stack, x_BLD, per_layer, *shared)
+                stream, (stack_records, stack_cache) = self.one_by_one(name, stack, stream, per_layer, *shared)
             if stack_records:
                 records[name] = stack_records
             if stack_cache:
                 new_cache[name] = stack_cache
-        x_BLD = RMSNorm(model.norm_eps, name="final_norm")(x_BLD)
+        x_BLD = RMSNorm(model.norm_eps, name="final_norm")(stream[0])
         return ModelOutput(x_BLD, embedding.logits(x_BLD), records, new_cache or None)
 
-    def one_by_one(self, name: str, stack: Stack, x_BLD: Array, per_layer: tuple[Any, Any, Any],
-                   *shared: Any) -> tuple[Array, tuple[Any, tuple[Any, ...]]]:
+    def one_by_one(self, name: str, stack: Stack, stream: tuple[Array, Array | None], per_layer: tuple[Any, Any, Any],
+                   *shared: Any) -> tuple[tuple[Array, Array | None], tuple[Any, tuple[Any, ...]]]:
         """What a scan over a stack's repeats does, without one; returns the caches as a tuple over repeats."""
         params, *rest = (by_layer(tree, stack.repeats) for tree in (self.variables["params"][name], *per_layer))
         records, caches = [], []
         for params_of, *own in zip(params, *rest, strict=True):
             noise = {"dropout": self.make_rng("dropout")} if self.has_rng("dropout") else {}
-            x_BLD, (record, cache) = Run(self.model, self.moe, stack.sparse, self.dtype, self.remat, parent=None).apply(
-                {"params": params_of}, x_BLD, tuple(own), *shared, rngs=noise)
+            stream, (record, cache) = Run(self.model, self.moe, stack.sparse, self.dtype, self.remat, parent=None).apply(
+                {"params": params_of}, stream, tuple(own), *shared, rngs=noise)
             records.append(record)
             caches += [cache] if cache else []
-        return x_BLD, (jax.tree.map(lambda *layers: jnp.stack(layers), *records), tuple(caches))
+        return stream, (jax.tree.map(lambda *layers: jnp.stack(layers), *records), tuple(caches))
+
+
+def with_shared(gate: str, routed_BLD: Array, shared_BLD: Array, logits_BLC: Array | None) -> Array:
+    """Adds the shared experts' output to the routed ones': as it is, or weighted; see `config.moe.shared_gate`."""
+    if gate == "none":
+        return routed_BLD + shared_BLD
+    if gate == "sigmoid":
+        return routed_BLD + jax.nn.sigmoid(logits_BLC).astype(shared_BLD.dtype) * shared_BLD
+    share_BL2 = jax.nn.softmax(logits_BLC).astype(shared_BLD.dtype)
+    return share_BL2[..., :1] * routed_BLD + share_BL2[..., 1:] * shared_BLD
+
+
+def resolve(config: Config) -> Config:
+    """A config with nothing left open.
+
+    Raises:
+      UserError: an unknown router, what its rule cannot do, or a router that looks at later tokens without leave to do so.
+    """
+    moe = routing.resolve(config.moe)
+    config = dataclasses.replace(config, moe=moe)
+    if moe.every:
+        reason = routing.leak(moe)
+        check(reason is None or moe.allow_noncausal_routing,
+              f"{reason}, so a decoder's loss would be too good to be true; set config.moe.allow_noncausal_routing=True if "
+              "you know what you do")
+        whole_batch = moe.routing_group == "global" and (moe.capacity_factor is not None
+                                                         or routing.get_router(moe.router).by_group)
+        check(config.train.microbatches == 1 or not whole_batch,
+              "config.moe.routing_group=global decides over the whole batch and cannot be split into "
+              f"config.train.microbatches={config.train.microbatches}; use routing_group=sequence or one micro-batch")
+    return config
 
 
 def build(config: Config) -> Transformer:
-    """The model of a config.
-
-    Raises:
-      UserError: an unknown router, or a router that looks at later tokens without leave to do so.
-    """
-    moe = config.moe
-    if moe.every:
-        check(get_router(moe.router).causal or moe.allow_noncausal_routing,
-              f"config.moe.router={moe.router} looks at later tokens, so a decoder's loss would be too good to be true; "
-              "set config.moe.allow_noncausal_routing=True if you know what you do")
-    train = config.train
-    return Transformer(config.model, moe, jnp.dtype(train.dtype), train.remat, train.scan_layers)
+    """The model of a config. Raises `UserError` as `resolve` does."""
+    config = resolve(config)
+    return Transformer(config.model, config.moe, jnp.dtype(config.train.dtype), config.train.remat,
+                       config.train.scan_layers)
 
 
 def by_layer(tree: Any, repeats: int) -> tuple[Any, ...]:
@@ -273,27 +318,43 @@ def count_totals(mask_BL: Array) -> Totals:
 
 def initial_router_state(model: ModelConfig, moe: MoEConfig) -> dict[str, dict[str, dict[str, Array]]]:
     """The routers' state by stack and block, with a leading axis over repeats. An empty dict for stateless routers."""
+    plan = plan_stacks(model.layers, moe)
+    scope = routing.Scope(model.vocab_size, sum(stack.repeats * sum(stack.sparse) for stack in plan))
+
     def stacked(repeats: int) -> dict[str, Array]:
         return {name: jnp.broadcast_to(value, (repeats, *value.shape))
-                for name, value in get_router(moe.router).initial_state(moe).items()}
+                for name, value in routing.get_router(moe.router).initial_state(moe, scope).items()}
     stacks = {f"stack_{i}": {f"block_{j}": stacked(stack.repeats) for j, sparse in enumerate(stack.sparse) if sparse}
-              for i, stack in enumerate(plan_stacks(model.layers, moe))}
+              for i, stack in enumerate(plan)}
     return {name: blocks for name, blocks in stacks.items() if blocks}
 
 
 def update_router_state(moe: MoEConfig, state: Mapping[str, Any], records: Mapping[str, Any]) -> dict[str, Any]:
     """The routers' state after an optimizer step, from the records of its whole batch."""
-    update = get_router(moe.router).update
-    return {stack: {block: jax.vmap(lambda old, seen: update(moe, old, seen))(old, records[stack][block].statistics)
+    router = routing.get_router(moe.router)
+    seen = statistics_of(records)
+    if router.pools_layers:
+        blocks = [seen[stack][block] for stack in seen for block in seen[stack]]
+        total = jax.tree.map(lambda *layers: sum(jnp.sum(a, axis=0) for a in layers), *blocks)
+        seen = jax.tree.map(lambda a, sum_a: jnp.broadcast_to(sum_a, a.shape), seen,
+                            {stack: dict.fromkeys(seen[stack], total) for stack in seen})
+    return {stack: {block: jax.vmap(lambda old, own: router.update(moe, old, own))(old, seen[stack][block])
                     if old else {} for block, old in blocks.items()} for stack, blocks in state.items()}
+
+
+def statistics_of(records: Mapping[str, Any]) -> dict[str, dict[str, dict[str, Array]]]:
+    """The routers' statistics by stack and block: of a whole batch, the `wholes` of the model."""
+    return jax.tree.map(lambda record: record.statistics, records, is_leaf=lambda node: isinstance(node, LayerRecord))
 
 
 def empty_cache(model: ModelConfig, moe: MoEConfig, batch: int, slots: int, dtype: Any) -> dict[str, dict[str, Cache]]:
     """A key-value cache for `slots` tokens a row."""
-    def stacked(repeats: int) -> Cache:
+    passed = moe.every > 0 and routing.get_router(moe.router).level == "block"
+
+    def stacked(repeats: int, sparse: bool) -> Cache:
         zeros = jnp.zeros((repeats, batch, slots, model.kv_heads, model.head_dim), dtype)
-        return Cache(zeros, zeros)
-    return {f"stack_{i}": {f"block_{j}": stacked(stack.repeats) for j in range(len(stack.sparse))}
+        return Cache(zeros, zeros, jnp.zeros((repeats, batch, slots), bool) if passed and sparse else None)
+    return {f"stack_{i}": {f"block_{j}": stacked(stack.repeats, sparse) for j, sparse in enumerate(stack.sparse)}
             for i, stack in enumerate(plan_stacks(model.layers, moe))}
 
 
@@ -304,10 +365,4 @@ def in_order(records: Mapping[str, Mapping[str, LayerRecord]]) -> list[LayerReco
         repeats = jax.tree.leaves(stack)[0].shape[0]
         ordered += [jax.tree.map(lambda a, r=r: a[r], record) for r in range(repeats) for record in stack.values()]
     return ordered
-
-
-def stacked_loads(records: Mapping[str, Any]) -> dict[str, dict[str, Array]]:
-    """The pairs per expert of each sparse layer as float32, structured like `records`: the `loads` of the model."""
-    return jax.tree.map(lambda record: record.load.assigned_E.astype(jnp.float32), records,
-                        is_leaf=lambda node: isinstance(node, LayerRecord))
 

@@ -4,6 +4,8 @@ Every loss is a share: a sum over the tokens at hand divided by a size of the wh
 add up to the loss of the big batch, which is what makes gradient accumulation exact.
 """
 
+from typing import Callable
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -24,7 +26,8 @@ def entropy(log_probs_TE: Array, mask_T: Array) -> Array:
     return jnp.sum(jnp.where(mask_T, per_token_T, 0.0))
 
 
-def load_balancing_loss(probs_TE: Array, assignments: Assignments, context: RoutingContext, scope: str) -> Array:
+def load_balancing_loss(probs_TE: Array, assignments: Assignments, context: RoutingContext, scope: str,
+                        whole_E: Array | None = None) -> Array:
     """E * sum_e f_e P_e: 1 at perfect balance for every k, up to E when one expert takes all.
 
     f_e is the share of the pairs that expert e got before any dropping (no gradient flows through it) and P_e the mean
@@ -35,8 +38,9 @@ def load_balancing_loss(probs_TE: Array, assignments: Assignments, context: Rout
     Args:
       probs_TE: the router's distribution over experts for each token.
       assignments: a token-major list.
-      context: mask, totals, and for the global scope the counts of the whole batch if it comes in parts.
+      context: mask and totals.
       scope: sequence, shard or global.
+      whole_E: for the global scope the pairs per expert in the whole batch, if it comes in parts.
 
     Returns:
       A float32 scalar.
@@ -44,8 +48,8 @@ def load_balancing_loss(probs_TE: Array, assignments: Assignments, context: Rout
     num_experts = probs_TE.shape[-1]
     groups = {"sequence": context.sequences, "shard": context.shards, "global": 1}[scope]
     probs_GE = jnp.sum(jnp.where(context.mask_T[:, None], probs_TE, 0.0).reshape(groups, -1, num_experts), axis=1)
-    if scope == "global" and context.load_E is not None:
-        count_GE = context.load_E[None]
+    if scope == "global" and whole_E is not None:
+        count_GE = whole_E[None].astype(jnp.float32)
     else:
         count_GE = count_per_expert(assignments, num_experts, groups).astype(jnp.float32)
     share_GE = jax.lax.stop_gradient(count_GE / jnp.maximum(jnp.sum(count_GE, axis=-1, keepdims=True), 1.0))
@@ -55,6 +59,41 @@ def load_balancing_loss(probs_TE: Array, assignments: Assignments, context: Rout
     loss_G = num_experts * jnp.sum(share_GE * probs_GE, axis=-1) / jnp.maximum(tokens_G, 1)
     nonempty = context.totals.sequences if scope == "sequence" else jnp.sum(tokens_G > 0)
     return jnp.sum(loss_G) / jnp.maximum(nonempty, 1.0)
+
+
+def balance_of_counts(probs_TG: Array, count_G: Array, context: RoutingContext) -> Array:
+    """G * sum_g f_g P_g over the whole batch, for f_g = count_g / tokens, without gradient, and P_g the mean probability.
+
+    With groups of experts these are the device-level and communication losses of DeepSeek-V2, arXiv 2405.04434; both are
+    1 at perfect balance, if `count_G` counts one pair a token.
+    """
+    tokens = jnp.maximum(context.totals.tokens, 1.0)
+    probs_G = jnp.sum(jnp.where(context.mask_T[:, None], probs_TG, 0.0), axis=0) / tokens
+    return probs_TG.shape[-1] * jnp.sum(jax.lax.stop_gradient(count_G / tokens) * probs_G)
+
+
+def of_sums(function: Callable[[Array], Array], part_E: Array, whole_E: Array | None, context: RoutingContext) -> Array:
+    """A loss that is a function of sums over the whole batch, of which this part holds `part_E`.
+
+    The value is the part's share by tokens of function(whole), and the gradient that of function at the whole sums
+    through this part's summands; so the shares of all parts add up to the loss of the big batch in value and gradient.
+    """
+    if whole_E is None:
+        return function(part_E)
+    value, pull_back = jax.vjp(function, jax.lax.stop_gradient(whole_E.astype(jnp.float32)))
+    slope_E, = pull_back(jnp.ones_like(value))
+    share = jnp.sum(context.mask_T) / jnp.maximum(context.totals.tokens, 1.0)
+    return jax.lax.stop_gradient(share * value) + jnp.sum(
+        jax.lax.stop_gradient(slope_E) * (part_E - jax.lax.stop_gradient(part_E)))
+
+
+def squared_variation(sum_E: Array) -> Array:
+    """Variance over squared mean, the variance that of a whole population; 0 if all sums are 0. Shazeer et al. 2017."""
+    # It does not depend on the scale, and the square of a tiny mean would be 0.
+    most = jax.lax.stop_gradient(jnp.max(jnp.abs(sum_E)))
+    sum_E = sum_E / jnp.where(most == 0, 1.0, most)
+    mean = jnp.mean(sum_E)
+    return jnp.mean((sum_E - mean)**2) / jnp.where(mean == 0, 1.0, mean)**2
 
 
 def z_loss(logits_TE: Array, context: RoutingContext) -> Array:

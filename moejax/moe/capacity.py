@@ -10,12 +10,13 @@ from moejax.moe.types import Assignments
 
 
 def limit(assignments: Assignments, mask_T: Array, factor: float, policy: str, groups: int,
-          num_experts: int) -> Assignments:
+          num_experts: int, per_token: float) -> Assignments:
     """Keeps at most C = ceil(factor * pairs / E) pairs per expert in each group of tokens; weights stay as they are.
 
-    `pairs` counts the real tokens of a group times K, so padding takes no place. Who stays is decided by `policy`:
-    `choice_major` all first choices before any second, earlier tokens first (GShard 2006.16668); `token_major` earlier
-    tokens first with all their choices; `weight` larger weights first, as batch-prioritised routing does.
+    `pairs` counts the real tokens of a group times `per_token`, so padding takes no place. Who stays is up to `policy`:
+    `token_major` earlier tokens first with all their choices; `choice_major` all first choices before any second, earlier
+    tokens first (GShard 2006.16668); `token_weight` choice by choice, tokens with the largest weight first
+    (batch-prioritised routing, V-MoE 2106.05974); `weight` pairs with the larger weight first. Only the first is causal.
 
     Args:
       assignments: a token-major list (`choices` > 0).
@@ -24,6 +25,7 @@ def limit(assignments: Assignments, mask_T: Array, factor: float, policy: str, g
       policy: see above.
       groups: number of equal runs of tokens that are decided on their own.
       num_experts: E.
+      per_token: the pairs of a token on average, K if it does not vary.
     """
     choices = assignments.choices
     expert_GN = assignments.expert_N.reshape(groups, -1)
@@ -31,18 +33,21 @@ def limit(assignments: Assignments, mask_T: Array, factor: float, policy: str, g
     weight_GN = jax.lax.stop_gradient(assignments.weight_N).reshape(groups, -1)
     tokens_G = jnp.sum(mask_T.reshape(groups, -1), axis=1)
     # In whole numbers: rounding of a float would add a place where factor * pairs / E is one.
-    share = Fraction(str(factor)) * choices / num_experts
+    share = Fraction(str(factor)) * Fraction(str(per_token)) / num_experts
     capacity_G = -(-tokens_G * share.numerator // share.denominator)
     order_N = jnp.arange(expert_GN.shape[1])
-    priority = {
-        "choice_major": lambda weight_N: order_N % choices,
-        "token_major": lambda weight_N: order_N,
-        "weight": lambda weight_N: -weight_N,
+    priorities = {
+        "token_major": lambda weight_N: (order_N,),
+        "choice_major": lambda weight_N: (order_N % choices,),
+        "token_weight": lambda weight_N: (
+            order_N % choices, -jnp.repeat(jnp.max(weight_N.reshape(-1, choices), axis=1), choices)),
+        "weight": lambda weight_N: (-weight_N,),
     }[policy]
 
     def keep(expert_N: Array, valid_N: Array, weight_N: Array, capacity: Array) -> Array:
         queue_N = jnp.where(valid_N, expert_N, num_experts)
-        sorted_queue_N, _, who_N = jax.lax.sort((queue_N, priority(weight_N), order_N), num_keys=2, is_stable=True)
+        keys = (queue_N, *priorities(weight_N))
+        sorted_queue_N, *_, who_N = jax.lax.sort((*keys, order_N), num_keys=len(keys), is_stable=True)
         place_N = order_N - jnp.searchsorted(sorted_queue_N, sorted_queue_N, side="left")
         return valid_N & jnp.zeros_like(valid_N).at[who_N].set(place_N < capacity)
 

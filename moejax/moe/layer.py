@@ -11,10 +11,10 @@ from jax.sharding import PartitionSpec as P
 
 from moejax import axes, sharding
 from moejax.config import MoEConfig, check
-from moejax.moe import balance, blocked, capacity, experts
+from moejax.moe import balance, blocked, capacity, experts, merged, slots
 from moejax.moe.dispatch import DISPATCHERS, Dispatcher, Sizes
 from moejax.moe.routing import get_router
-from moejax.moe.types import Assignments, ExpertLoad, LayerRecord, RoutingContext
+from moejax.moe.types import Assignments, ExpertLoad, LayerRecord, Merger, RoutingContext, Slots
 
 
 class Moved(NamedTuple):
@@ -31,13 +31,63 @@ class Moved(NamedTuple):
     replayed_E: Array
 
 
+class Mixed(NamedTuple):
+    """What a sparse layer returns.
+
+    Attributes:
+      y_TD: its output.
+      record: what happened.
+      carry_TC: what the router of the next sparse layer gets to see, or None.
+      assignments: what the router decided, before any dropping.
+    """
+
+    y_TD: Array
+    record: LayerRecord
+    carry_TC: Array | None
+    assignments: Assignments | Slots | Merger
+
+
 def mixture(config: MoEConfig, router_parameters: Mapping[str, Array], state: Mapping[str, Array], w_in_ED2F: Array,
-            w_out_EFD: Array, x_TD: Array, context: RoutingContext, key: Array | None) -> tuple[Array, LayerRecord]:
-    """A mixture of experts as a pure function: [T, D] -> [T, D] and what happened."""
+            w_out_EFD: Array, x_TD: Array, context: RoutingContext, key: Array | None,
+            latent: tuple[Array, Array] | None = None) -> Mixed:
+    """A mixture of experts as a pure function of [T, D].
+
+    `latent` holds the projections into the experts' smaller space and back, if they have one (LatentMoE 2601.18089); the
+    router sees the tokens as they are.
+    """
     routed = get_router(config.router).route(config, router_parameters, state, x_TD, context)
-    kept = drop(config, routed.assignments, context)
-    assignments = fit_to_mesh(kept, context.sequences)
-    dispatcher = choose_dispatcher(config, assignments.local)
+    if latent is not None:
+        x_TD = x_TD @ latent[0]
+    if routed.input_scale_T is not None:
+        x_TD = x_TD * routed.input_scale_T[:, None].astype(x_TD.dtype)
+    match routed.assignments:
+        case Assignments() as chosen:
+            kept = drop(config, chosen, context)
+            y_TD, received_E, replayed_E = sparse(config, kept, w_in_ED2F, w_out_EFD, x_TD, context.sequences, key)
+            assigned_E = balance.count_per_expert(chosen, config.num_experts)[0]
+            dropped_E = assigned_E - balance.count_per_expert(kept, config.num_experts)[0]
+        case Slots() as chosen:
+            y_TD, received_E = slots.feed_forward(chosen, x_TD, w_in_ED2F, w_out_EFD, config.expert_dropout, key)
+            assigned_E, dropped_E, replayed_E = received_E, 0 * received_E, 0 * received_E
+        case Merger() as chosen:
+            y_TD, received_E = merged.feed_forward(chosen, x_TD, context.mask_T, w_in_ED2F, w_out_EFD,
+                                                   config.expert_dropout, key)
+            assigned_E, dropped_E, replayed_E = received_E, 0 * received_E, 0 * received_E
+    if latent is not None:
+        y_TD = y_TD @ latent[1]
+    if routed.added_TD is not None:
+        y_TD = y_TD + routed.added_TD.astype(y_TD.dtype)
+    load = ExpertLoad(assigned_E, dropped_E, received_E, replayed_E, tokens=jnp.sum(context.mask_T, dtype=jnp.int32),
+                      entropy=routed.entropy)
+    record = LayerRecord(routed.losses, jax.lax.stop_gradient(load), jax.lax.stop_gradient(routed.statistics))
+    return Mixed(y_TD, record, routed.carry_TC, routed.assignments)
+
+
+def sparse(config: MoEConfig, kept: Assignments, w_in_ED2F: Array, w_out_EFD: Array, x_TD: Array, sequences: int,
+           key: Array | None) -> Moved:
+    """dispatch -> experts -> combine, for a list of pairs."""
+    assignments = fit_to_mesh(kept, sequences)
+    dispatcher = choose_dispatcher(config, assignments.local, assignments.expert_N.shape[0] / x_TD.shape[0])
 
     def on_device(dispatcher: Dispatcher, x_TD: Array, assignments: Assignments, w_in_ED2F: Array, w_out_EFD: Array,
                   key: Array | None) -> Moved:
@@ -66,12 +116,7 @@ def mixture(config: MoEConfig, router_parameters: Mapping[str, Array], state: Ma
         fits = jax.lax.psum(jnp.sum(plan.lost_E), axes.EXPERT) == 0
         return Moved(*jax.lax.cond(fits, move, jax.checkpoint(replay), x_TD, w_in_ED2F, w_out_EFD), plan.lost_E)
 
-    y_TD, received_E, replayed_E = on_every_device(partial(on_device, dispatcher), dispatcher)(
-        x_TD, assignments, w_in_ED2F, w_out_EFD, key)
-    assigned_E = balance.count_per_expert(routed.assignments, config.num_experts)[0]
-    load = ExpertLoad(assigned_E, assigned_E - balance.count_per_expert(kept, config.num_experts)[0], received_E,
-                      replayed_E, tokens=jnp.sum(context.mask_T, dtype=jnp.int32), entropy=routed.entropy)
-    return y_TD, LayerRecord(routed.losses, jax.lax.stop_gradient(load), jax.lax.stop_gradient(routed.statistics))
+    return on_every_device(partial(on_device, dispatcher), dispatcher)(x_TD, assignments, w_in_ED2F, w_out_EFD, key)
 
 
 def drop(config: MoEConfig, assignments: Assignments, context: RoutingContext) -> Assignments:
@@ -80,7 +125,8 @@ def drop(config: MoEConfig, assignments: Assignments, context: RoutingContext) -
     if factor is None or assignments.choices == 0:
         return assignments
     groups = context.sequences if config.routing_group == "sequence" else 1
-    return capacity.limit(assignments, context.mask_T, factor, config.drop_policy, groups, config.num_experts)
+    return capacity.limit(assignments, context.mask_T, factor, config.drop_policy, groups, config.num_experts,
+                          get_router(config.router).passes(config, len(context.mask_T) // context.sequences))
 
 
 def fit_to_mesh(assignments: Assignments, sequences: int) -> Assignments:
@@ -94,11 +140,11 @@ def fit_to_mesh(assignments: Assignments, sequences: int) -> Assignments:
     return padded.replace(local=False)
 
 
-def choose_dispatcher(config: MoEConfig, local: bool) -> Dispatcher:
+def choose_dispatcher(config: MoEConfig, local: bool, pairs: float) -> Dispatcher:
     """Resolves `auto`: sort where all experts and tokens are at hand, else the transport that moves fewer rows.
 
     With P devices on the expert axis, all_gather brings each device P times its own tokens; all_to_all has room for
-    buffer_factor * K rows a token.
+    buffer_factor times the `pairs` of a token in the list, valid or not.
 
     Raises:
       UserError: a transport that cannot reach the tokens that a list names.
@@ -106,7 +152,7 @@ def choose_dispatcher(config: MoEConfig, local: bool) -> Dispatcher:
     mesh, name = sharding.current_mesh(), config.dispatch
     devices, split = (1, 1) if mesh is None else (mesh.size, mesh.shape[axes.EXPERT])
     if name == "auto":
-        cheaper = config.buffer_factor is not None and split > config.buffer_factor * config.experts_per_token
+        cheaper = config.buffer_factor is not None and split > config.buffer_factor * pairs
         gather = "all_to_all" if local and cheaper else "all_gather"
         name = gather if split > 1 or (devices > 1 and not local) else "sort"
     if mesh is None and name not in ("dense", "sort"):
@@ -147,6 +193,22 @@ def on_every_device(function: Callable[..., Moved], dispatcher: Dispatcher) -> C
     return jax.shard_map(local, in_specs=(tokens, tokens, *weights, P()), out_specs=Moved(tokens, P(expert), P()))
 
 
+def normal(stddev: float, mean: float) -> Callable[..., Array]:
+    """A Flax initialiser: normal around a mean."""
+    return lambda key, shape, dtype=jnp.float32: mean + stddev * jax.random.normal(key, shape, dtype)
+
+
+def router_parameters(module: nn.Module, config: MoEConfig, width: int) -> dict[str, Array]:
+    """Declares, in a module, the parameters of its router."""
+    return {name: module.param(f"router_{name}", nn.with_logical_partitioning(normal(own.stddev, own.mean), own.axes),
+                               own.shape)
+            for name, own in get_router(config.router).parameters(config, width).items()}
+
+
+DECISIONS = "decisions"
+"""The collection in which the routers' decisions are found, if it is asked for as mutable; else it costs nothing."""
+
+
 class MixtureOfExperts(nn.Module):
     """Parameters around `mixture`.
 
@@ -163,13 +225,14 @@ class MixtureOfExperts(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x_BLD: Array, state: Mapping[str, Array], context: RoutingContext) -> tuple[Array, LayerRecord]:
-        """[B, L, D] -> [B, L, D] and the layer's record."""
-        batch, length, width = x_BLD.shape
-        count, hidden = self.config.num_experts, self.hidden
-        router_parameters = {
-            name: self.param(f"router_{name}", nn.with_logical_partitioning(nn.initializers.normal(stddev), names), shape)
-            for name, (shape, names, stddev) in get_router(self.config.router).parameters(self.config, width).items()}
+    def __call__(self, x_BLD: Array, state: Mapping[str, Array], context: RoutingContext
+                 ) -> tuple[Array, LayerRecord, Array | None]:
+        """[B, L, D] -> [B, L, D], the layer's record, and what the next router gets to see."""
+        batch, length, model_width = x_BLD.shape
+        config, count, hidden = self.config, self.config.num_experts, self.hidden
+        router = get_router(config.router)
+        own = router_parameters(self, config, model_width)
+        width = model_width // config.latent_divisor
         # The expert axis is a stack of layers, so it is no part of the fan-in.
         w_in_ED2F = self.param("w_in", nn.with_logical_partitioning(
             nn.initializers.normal(width**-0.5), ("experts", "embed", "gate_up", "expert_ffn")),
@@ -177,9 +240,17 @@ class MixtureOfExperts(nn.Module):
         w_out_EFD = self.param("w_out", nn.with_logical_partitioning(
             nn.initializers.normal(self.out_scale * hidden**-0.5), ("experts", "expert_ffn", "embed")),
             (count, hidden, width))
-        noisy = context.train and (self.config.jitter > 0 or self.config.expert_dropout > 0)
+        noisy = context.train and (router.noisy(config) or config.expert_dropout > 0)
         router_key, key = jax.random.split(self.make_rng("dropout")) if noisy else (None, None)
-        y_TD, record = mixture(self.config, router_parameters, state, w_in_ED2F.astype(self.dtype),
-                               w_out_EFD.astype(self.dtype), x_BLD.reshape(-1, width), context.replace(key=router_key),
-                               key)
-        return sharding.constrain(y_TD.reshape(batch, length, width), "batch", "length", None), record
+        x_TD, context = x_BLD.reshape(-1, model_width), context.replace(key=router_key)
+        weights = w_in_ED2F.astype(self.dtype), w_out_EFD.astype(self.dtype)
+        latent = None if config.latent_divisor == 1 else tuple(
+            self.param(name, nn.with_logical_partitioning(nn.initializers.normal(shape[0]**-0.5), names), shape)
+            .astype(self.dtype)
+            for name, shape, names in (("latent_down", (model_width, width), ("embed", None)),
+                                       ("latent_up", (width, model_width), (None, "embed"))))
+        mixed = mixture(config, own, state, *weights, x_TD, context, key, latent)
+        if not self.is_initializing():
+            self.sow(DECISIONS, "assignments", mixed.assignments)
+        y_BLD = sharding.constrain(mixed.y_TD.reshape(batch, length, model_width), "batch", "length", None)
+        return y_BLD, mixed.record, mixed.carry_TC

@@ -27,6 +27,45 @@ class Assignments:
 
 
 @struct.dataclass
+class Slots:
+    """What a router decides that lets every expert work on mixtures of tokens (Soft MoE), instead of `Assignments`.
+
+    Attributes:
+      dispatch_BLES: float32, share of each token of a sequence in the input of each slot; for each slot they sum to 1.
+      combine_BLES: float32, share of each slot's output in the output of each token.
+    """
+
+    dispatch_BLES: Array
+    combine_BLES: Array
+
+
+@struct.dataclass
+class Merger:
+    """What a router decides that merges the experts' parameters (SMEAR, Lory), instead of `Assignments`.
+
+    Attributes:
+      weight_GE: float32, share of each expert in the merged one, for equal runs of tokens, each within a sequence.
+    """
+
+    weight_GE: Array
+
+
+@struct.dataclass
+class Passage:
+    """What a router decides that lets tokens pass a whole block (Mixture-of-Depths), instead of `Assignments`.
+
+    Attributes:
+      on_T: bool, the tokens that the block works on.
+      weight_T: float32, factor on what the block adds to a token.
+      capacity: the most tokens of a sequence that are on.
+    """
+
+    on_T: Array
+    weight_T: Array
+    capacity: int = struct.field(pytree_node=False)
+
+
+@struct.dataclass
 class ExpertLoad:
     """Sums over tokens of what happened in one layer: additive over devices and micro-batches.
 
@@ -53,16 +92,23 @@ class RouterOutput:
     """What a router returns for one layer.
 
     Attributes:
-      assignments: who goes where, before any dropping.
+      assignments: who goes where, before any dropping; or one of the other kinds of decision.
       losses: named scalars, normalised over the whole batch (`Totals`), so shares of micro-batches add up.
       entropy: float32 scalar, as in `ExpertLoad`.
-      statistics: named sums over tokens for the router's state update; additive like `ExpertLoad`.
+      statistics: named sums over tokens for the router's state update and for losses over the whole batch; additive like
+        `ExpertLoad`.
+      input_scale_T: factor on each token before the experts see it, or None.
+      added_TD: what the router itself adds to the layer's output (experts that only copy or are constant), or None.
+      carry_TC: what the router of the next sparse layer gets to see, or None.
     """
 
-    assignments: Assignments
+    assignments: Assignments | Slots | Merger | Passage
     losses: dict[str, Array]
     entropy: Array
     statistics: dict[str, Array]
+    input_scale_T: Array | None = None
+    added_TD: Array | None = None
+    carry_TC: Array | None = None
 
 
 @struct.dataclass
@@ -95,7 +141,8 @@ class RoutingContext:
       token_ids_T: int32 ids of the tokens.
       mask_T: bool, false for padding, which enters no selection, capacity, loss or statistic.
       totals: normalisers of the losses.
-      load_E: float32 pairs per expert in the whole batch, or None to count them in the tokens given.
+      whole: the router's statistics of the whole batch, if the tokens are a part of it; else None.
+      carry_TC: what the router of the sparse layer before handed on; zeros in the first one.
       key: PRNG key for noise in training, or None.
       sequences: B; the tokens are B rows of equal length.
       shards: parts of the batch for losses of scope `shard`.
@@ -105,7 +152,8 @@ class RoutingContext:
     token_ids_T: Array
     mask_T: Array
     totals: Totals
-    load_E: Array | None
+    whole: dict[str, Array] | None
+    carry_TC: Array | None
     key: Array | None
     sequences: int = struct.field(pytree_node=False)
     shards: int = struct.field(pytree_node=False)

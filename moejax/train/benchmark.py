@@ -57,6 +57,7 @@ def benchmark(config: Config, steps: int = 10) -> dict[str, Any]:
       flops_per_token * tokens_per_second makes), peak_memory_bytes, and the devices.
     """
     setup = set_up(config)
+    config = setup.config
     with jax.set_mesh(setup.mesh):
         ceiling = matmul_ceiling(setup.mesh, config.train.dtype)
         state = setup.initialise()

@@ -61,7 +61,7 @@ def train(config: Config, workdir: Path) -> Finished:
     chief = jax.process_index() == 0
     with processes.same_fate():
         setup = set_up(config)
-    prepared = prepare_on_chief(config, workdir)
+    prepared = prepare_on_chief(setup.config, workdir)
     if chief:
         print(describe(setup), flush=True)
     recorder = Recorder(workdir) if chief else None

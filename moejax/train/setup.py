@@ -25,7 +25,8 @@ class Setup(NamedTuple):
     """What a run computes with.
 
     Attributes:
-      config, mesh, model, optimizer: as named.
+      config: with nothing left open.
+      mesh, model, optimizer: as named.
       shapes: of the training state.
       shardings: of the training state.
       parameters: their number.
@@ -60,6 +61,7 @@ def set_up(config: Config) -> Setup:
     """
     mesh = sharding.make_mesh(config.mesh)
     check_batches(config, mesh)
+    config = transformer.resolve(config)
     model = transformer.build(config)
     param_shapes, logical = transformer.abstract_params(model)
     placed = sharding.placements(param_shapes, logical, mesh)
@@ -88,9 +90,9 @@ def set_up(config: Config) -> Setup:
 def make_functions(config: Config, model: transformer.Transformer) -> Functions:
     """The model, objective and router update of a config as the plain functions that a step takes."""
     def forward(params: Any, router_state: Any, batch: Mapping[str, Array], train: bool = False,
-                key: Array | None = None, totals: Any = None, loads: Any = None) -> tuple[Array, Any]:
+                key: Array | None = None, totals: Any = None, wholes: Any = None) -> tuple[Array, Any]:
         output = model.apply({"params": params}, batch["tokens"], batch["positions"], batch["segments"], router_state,
-                             train=train, totals=totals, loads=loads, rngs=None if key is None else {"dropout": key})
+                             train=train, totals=totals, wholes=wholes, rngs=None if key is None else {"dropout": key})
         return output.x_BLD, output.records
 
     per_token = partial(next_token, label_smoothing=config.train.label_smoothing, head_z_weight=config.train.head_z_weight)
@@ -98,14 +100,14 @@ def make_functions(config: Config, model: transformer.Transformer) -> Functions:
     def objective(params: Any, x_BLD: Array, targets_BL: Array, mask_BL: Array) -> tuple[Array, dict[str, Array]]:
         return over_chunks(per_token, config.train.loss_chunk, transformer.head(model, params), x_BLD, targets_BL, mask_BL)
 
-    weights = get_router(config.moe.router).loss_weights(config.moe) if config.moe.every else {}
-    needs_load = weights.get("balance", 0) > 0 and config.moe.balance_scope == "global"
+    router = get_router(config.moe.router)
+    sparse = config.moe.every > 0
     return Functions(
         forward=forward,
         objective=objective,
-        loads=transformer.stacked_loads if needs_load else None,
+        wholes=transformer.statistics_of if sparse and router.needs_whole(config.moe) else None,
         update_router=partial(transformer.update_router_state, config.moe),
-        loss_weights=weights)
+        loss_weights=router.loss_weights(config.moe) if sparse else {})
 
 
 def check_batches(config: Config, mesh: Mesh) -> None:

@@ -19,16 +19,16 @@ class Functions(NamedTuple):
     """What a step is made of.
 
     Attributes:
-      forward: (params, router_state, batch, train, key, totals, loads) -> (x_BLD, records).
+      forward: (params, router_state, batch, train, key, totals, wholes) -> (x_BLD, records).
       objective: (params, x_BLD, targets_BL, mask_BL) -> (sum to minimise, sums to report).
-      loads: records -> the `loads` argument of `forward`; None if no loss needs the load of the whole batch.
+      wholes: records -> the `wholes` argument of `forward`; None if no loss needs the statistics of the whole batch.
       update_router: (router_state, records) -> router_state.
       loss_weights: weight of each router loss, which is averaged over the sparse layers.
     """
 
     forward: Callable[..., tuple[Array, Any]]
     objective: Callable[[Any, Array, Array, Array], tuple[Array, dict[str, Array]]]
-    loads: Callable[[Any], Any] | None
+    wholes: Callable[[Any], Any] | None
     update_router: Callable[[Any, Any], Any]
     loss_weights: Mapping[str, float]
 
@@ -51,8 +51,8 @@ def gradients(functions: Functions, state: TrainState, batch: Batch, parts: int)
     """Gradient of the mean loss of a batch, taken in `parts` micro-batches.
 
     Every loss is a sum over the tokens at hand divided by a size of the whole batch, so the parts add up to exactly the
-    big batch. The load-balancing loss of global scope also needs the whole batch's load, which takes a forward pass of
-    its own when there are several parts.
+    big batch. Losses over the load of the whole batch also need its statistics, which takes a forward pass of its own
+    when there are several parts.
 
     Returns:
       Gradients, means over the batch to report, and the layer records of the whole batch.
@@ -62,8 +62,8 @@ def gradients(functions: Functions, state: TrainState, batch: Batch, parts: int)
     totals = Totals(jnp.sum(real_BL, dtype=jnp.float32), jnp.sum(jnp.any(real_BL, axis=1), dtype=jnp.float32))
     targets = jnp.maximum(jnp.sum(batch["mask"], dtype=jnp.float32), 1.0)
 
-    def loss(params: Any, part: Batch, part_key: Array, loads: Any) -> tuple[Array, tuple[dict[str, Array], Any]]:
-        x_BLD, records = functions.forward(params, state.router_state, part, True, part_key, totals, loads)
+    def loss(params: Any, part: Batch, part_key: Array, wholes: Any) -> tuple[Array, tuple[dict[str, Array], Any]]:
+        x_BLD, records = functions.forward(params, state.router_state, part, True, part_key, totals, wholes)
         objective, sums = functions.objective(params, x_BLD, part["targets"], part["mask"])
         means = {name: value / targets for name, value in sums.items()}
         return objective / targets + auxiliary_loss(records, functions.loss_weights), (means, records)
@@ -82,11 +82,11 @@ def gradients(functions: Functions, state: TrainState, batch: Batch, parts: int)
         return jax.lax.scan(lambda total, part: (jax.tree.map(jnp.add, total, function(*part)), None), zeros,
                             (split, keys))[0]
 
-    loads = None
-    if functions.loads is not None:
-        loads = functions.loads(add_up(lambda part, part_key: functions.forward(
+    wholes = None
+    if functions.wholes is not None:
+        wholes = functions.wholes(add_up(lambda part, part_key: functions.forward(
             state.params, state.router_state, part, True, part_key, totals, None)[1]))
-    grads, (means, records) = add_up(lambda part, part_key: differentiate(state.params, part, part_key, loads))
+    grads, (means, records) = add_up(lambda part, part_key: differentiate(state.params, part, part_key, wholes))
     return grads, means, records
 
 
@@ -102,10 +102,13 @@ def train_step(functions: Functions, optimizer: optax.GradientTransformation, pa
       batch: global.
 
     Returns:
-      The new state, scalars to report, and the layer records of the batch.
+      The new state, scalars to report, and the layer records of the batch, without statistics.
     """
     grads, means, records = gradients(functions, state, batch, parts)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     new = TrainState(step=state.step + 1, params=optax.apply_updates(state.params, updates), opt_state=opt_state,
                      router_state=functions.update_router(state.router_state, records), key=state.key)
-    return new, means | {"gradient_norm": global_norm(grads)}, records
+    # The statistics have done their work, and some routers' are large.
+    told = jax.tree.map(lambda record: record.replace(statistics={}), records,
+                        is_leaf=lambda node: isinstance(node, LayerRecord))
+    return new, means | {"gradient_norm": global_norm(grads)}, told

@@ -9,6 +9,7 @@ import pytest
 from moejax import config, sharding
 from moejax.generation import cache, generate, prompts, score
 from moejax.models import transformer
+from moejax.moe.routing import resolve
 
 V, CONTEXT = 31, 20
 SPARSE = {"first_dense": 1, "num_experts": 6, "ffn": 10, "block_rows": 2, "capacity_factor": 0.5}
@@ -25,7 +26,7 @@ def make(moe, layers=4):
     tree.model.update(vocab_size=V, layers=layers, embed=12, heads=4, kv_heads=2, head_dim=6, ffn=22,
                       max_length=CONTEXT)
     tree.moe.update(moe)
-    built = config.build(tree)
+    built = transformer.resolve(config.build(tree))
     model = transformer.build(built)
     state = transformer.initial_router_state(built.model, built.moe)
     row = jnp.zeros((1, 1), jnp.int32)
@@ -285,7 +286,7 @@ def test_bad_input_is_not_scored(sparse, bad, message):
     ({"eval_capacity_factor": 1.0, "routing_group": "global"}, "eval_capacity_factor.*None"),
 ])
 def test_a_model_that_cannot_decode_is_refused(sparse, moe, message):
-    model = sparse[0].clone(moe=config.MoEConfig(**moe))
+    model = sparse[0].clone(moe=resolve(config.MoEConfig(**moe)))
     assert_refused(lambda: generate.generate(model, sparse[1], [[1]]), message)
-    dense = sparse[0].clone(moe=config.MoEConfig(every=0, **moe))
+    dense = sparse[0].clone(moe=resolve(config.MoEConfig(every=0, **moe)))
     generate.check_decodable(dense)

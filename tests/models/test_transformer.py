@@ -152,8 +152,8 @@ def test_bfloat16_routes_as_float32_does_on_the_same_input():
     from moejax.moe.types import RoutingContext, Totals
     config = tiny_config().moe
     x = jax.random.normal(jax.random.key(0), (50, 24), jnp.bfloat16)
-    context = RoutingContext(jnp.arange(50), jnp.ones(50, bool), Totals(jnp.float32(50), jnp.float32(5)), None, None,
-                             sequences=5, shards=1, train=False)
+    context = RoutingContext(jnp.arange(50), jnp.ones(50, bool), Totals(jnp.float32(50), jnp.float32(5)), whole=None,
+                             carry_TC=None, key=None, sequences=5, shards=1, train=False)
     weights = {"w_DE": jax.random.normal(jax.random.key(1), (24, 5))}
     low, high = (ROUTERS["topk"].route(config, weights, {}, a, context) for a in (x, x.astype(jnp.float32)))
     np.testing.assert_array_equal(low.assignments.expert_N, high.assignments.expert_N)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moejax.config import MoEConfig
-from moejax.moe.routing import get_router
+from moejax.moe.routing import Scope, get_router, resolve
 from moejax.moe.types import Assignments, RoutingContext, Totals
 
 B, L, D, E, F, K = 4, 6, 5, 7, 3, 2
@@ -42,16 +42,21 @@ def inputs(seed=0, experts=E):
                   mask_BL.reshape(-1), rng.integers(0, 1000, T).astype(np.int32))
 
 
-def context(mask_T, ids_T=None, sequences=B, train=True, key=None, shards=1, load_E=None, totals=None):
+def context(mask_T, ids_T=None, sequences=B, train=True, key=None, shards=1, whole=None, totals=None,
+            carry_TC=None):
     mask_T = jnp.asarray(mask_T)
     ids_T = np.zeros(mask_T.shape, np.int32) if ids_T is None else ids_T
     if totals is None:
         totals = Totals(jnp.float32(np.sum(mask_T)), jnp.float32(np.sum(np.reshape(mask_T, (sequences, -1)).any(1))))
-    return RoutingContext(jnp.asarray(ids_T), mask_T, totals, load_E, key, sequences, shards, train)
+    return RoutingContext(jnp.asarray(ids_T), mask_T, totals, whole, carry_TC, key, sequences, shards, train)
 
 
 def config_of(router="topk", **changes):
-    return MoEConfig(**({"router": router, "num_experts": E, "experts_per_token": K, "block_rows": 4} | changes))
+    return resolve(MoEConfig(**({"router": router, "num_experts": E, "experts_per_token": K, "block_rows": 4} | changes)))
+
+
+def initial_state(config):
+    return get_router(config.router).initial_state(config, Scope(vocab_size=1000, layers=3))
 
 
 def eager_route(config, parameters, state, x_TD, context):
@@ -152,6 +157,7 @@ def keep(expert_TK, weight_TK, mask_T, factor, policy, groups, experts):
     for tokens in np.split(np.arange(len(mask_T)), groups):
         pairs = [(t, k) for t in tokens if mask_T[t] for k in range(expert_TK.shape[1])]
         order = {"choice_major": lambda pair: (pair[1], pair[0]), "token_major": lambda pair: pair,
+                 "token_weight": lambda pair: (pair[1], -weight_TK[pair[0]].max(), pair[0]),
                  "weight": lambda pair: (-weight_TK[pair], *pair)}[policy]
         room = [capacity(factor, expert_TK.shape[1], mask_T[tokens].sum(), experts)] * experts
         for pair in sorted(pairs, key=order):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import moe_reference as reference
 import numpy as np
 import pytest
-from moe_reference import B, D, E, K, T, assignments_of, config_of, context, eager_route, inputs, route
+from moe_reference import B, D, E, K, T, assignments_of, config_of, context, eager_route, initial_state, inputs, route
 
 from moejax.moe import balance
 from moejax.moe.routing import ROUTERS
@@ -132,15 +132,14 @@ def test_the_shares_of_micro_batches_add_up_to_the_big_batch(scope):
     config = config_of(balance_scope=scope)
     totals = Totals(jnp.float32(given.mask_T.sum()), jnp.float32(given.mask_T.reshape(B, -1).any(1).sum()))
 
-    def losses(w_DE, x_TD, mask_T, sequences, load_E):
-        part = context(mask_T, sequences=sequences, load_E=load_E, totals=totals, ids_T=jnp.zeros(len(mask_T), int))
+    def losses(w_DE, x_TD, mask_T, sequences, statistics):
+        part = context(mask_T, sequences=sequences, whole=statistics, totals=totals, ids_T=jnp.zeros(len(mask_T), int))
         out = eager_route(config, {"w_DE": w_DE}, {}, x_TD, part)
         return sum(out.losses.values()), (out.losses, out.entropy, out.statistics)
 
     evaluate = jax.jit(jax.value_and_grad(losses, has_aux=True), static_argnums=3)
     whole = evaluate(given.router["w_DE"], given.x_TD, given.mask_T, B, None)
-    load_E = whole[0][1][2]["assigned_E"].astype(jnp.float32)
-    halves = [evaluate(given.router["w_DE"], given.x_TD[part], given.mask_T[part], B // 2, load_E)
+    halves = [evaluate(given.router["w_DE"], given.x_TD[part], given.mask_T[part], B // 2, whole[0][1][2])
               for part in (slice(T // 2), slice(T // 2, T))]
     jax.tree.map(lambda a, b, c: np.testing.assert_allclose(b + c, a, rtol=1e-5, atol=1e-7), whole, *halves)
 
@@ -195,21 +194,20 @@ def test_on_frozen_scores_the_bias_balances_the_load(rule):
         out = eager_route(config, {"w_DE": w_DE}, state, x_TD, context(np.ones(tokens, bool)))
         return ROUTERS["topk"].update(config, state, out.statistics), out.statistics["assigned_E"]
 
-    state, counts = jax.jit(lambda s: jax.lax.scan(step, s, length=200))(ROUTERS["topk"].initial_state(config))
+    state, counts = jax.jit(lambda s: jax.lax.scan(step, s, length=200))(initial_state(config))
     assert np.all(np.sum(counts, axis=1) == K * tokens)
     assert max_violation(counts[0]) > 0.8 and max_violation(counts[-1]) < 0.2
     assert np.abs(state["bias_E"]).max() > 0.05
 
 
 def test_a_router_without_bias_has_no_state_and_the_update_invents_none():
-    assert ROUTERS["topk"].initial_state(config_of()) == {}
-    for router in ROUTERS.values():
-        assert router.update(config_of(), {}, {"assigned_E": jnp.ones(E)}) == {}
-    np.testing.assert_array_equal(ROUTERS["topk"].initial_state(config_of(bias_rate=0.1))["bias_E"], np.zeros(E))
+    assert initial_state(config_of()) == {}
+    assert ROUTERS["topk"].update(config_of(), {}, {"assigned_E": jnp.ones(E)}) == {}
+    np.testing.assert_array_equal(initial_state(config_of(bias_rate=0.1))["bias_E"], np.zeros(E))
 
 
 def test_each_loss_has_a_weight_from_the_config():
     config = config_of(balance_weight=0.25, z_weight=0.5)
     assert ROUTERS["topk"].loss_weights(config) == {"balance": 0.25, "router_z": 0.5}
-    assert ROUTERS["expert_choice"].loss_weights(config) == {"router_z": 0.5}
-    assert ROUTERS["hash"].loss_weights(config) == {}
+    assert ROUTERS["expert_choice"].loss_weights(config_of("expert_choice", z_weight=0.5)) == {"router_z": 0.5}
+    assert ROUTERS["hash"].loss_weights(config_of("hash")) == {}

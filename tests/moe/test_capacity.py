@@ -12,12 +12,12 @@ from moe_reference import B, E, K, T, assignments_of, config_of, context, inputs
 from moejax.moe import capacity
 from moejax.moe.layer import drop, mixture
 
-POLICIES = ("choice_major", "token_major", "weight")
+POLICIES = ("choice_major", "token_major", "token_weight", "weight")
 every_policy = pytest.mark.parametrize("policy", POLICIES)
 seeds = hypothesis.given(strategies.integers(0, 2**32 - 1))
 settings = hypothesis.settings(max_examples=15, deadline=None)
 
-limit = jax.jit(capacity.limit, static_argnums=(2, 3, 4, 5))
+limit = jax.jit(capacity.limit, static_argnums=(2, 3, 4, 5, 6))
 drop_some = jax.jit(drop, static_argnums=0)
 sparse_layer = jax.jit(mixture, static_argnums=0)
 
@@ -45,7 +45,7 @@ def test_room_is_the_ceiling_of_factor_times_pairs_over_experts(factor, choices,
     """All tokens want the same experts, so the table's number is what is kept of each."""
     expert_TK = np.tile(np.arange(choices), (tokens, 1))
     wanted = assignments_of(expert_TK, np.ones((tokens, choices)), np.ones((tokens, choices), bool))
-    valid_N = limit(wanted, np.ones(tokens, bool), factor, "choice_major", 1, experts).valid_N
+    valid_N = limit(wanted, np.ones(tokens, bool), factor, "choice_major", 1, experts, choices).valid_N
     np.testing.assert_array_equal(np.asarray(valid_N).reshape(tokens, choices).sum(0), room)
 
 
@@ -55,7 +55,7 @@ def test_room_is_the_ceiling_of_factor_times_pairs_over_experts(factor, choices,
 @seeds
 def test_who_is_kept_equals_filling_the_experts_one_pair_at_a_time(policy, groups, seed):
     expert_TK, weight_TK, mask_T, wanted = lists(seed, popularity=0.3)
-    got = limit(wanted, mask_T, 0.75, policy, groups, E)
+    got = limit(wanted, mask_T, 0.75, policy, groups, E, K)
     want_TK = reference.keep(expert_TK, weight_TK, mask_T, 0.75, policy, groups, E)
     np.testing.assert_array_equal(kept_of(got), want_TK)
     for field in ("token_N", "expert_N", "weight_N"):
@@ -68,7 +68,7 @@ def test_who_is_kept_equals_filling_the_experts_one_pair_at_a_time(policy, group
 @seeds
 def test_no_group_overfills_an_expert_and_none_drops_a_pair_while_there_is_room(policy, seed):
     expert_TK, _, mask_T, wanted = lists(seed, popularity=1.0)
-    kept_TK = kept_of(limit(wanted, mask_T, 0.75, policy, B, E))
+    kept_TK = kept_of(limit(wanted, mask_T, 0.75, policy, B, E, K))
     assert not (kept_TK & ~mask_T[:, None]).any()
     for tokens in np.split(np.arange(T), B):
         room = reference.capacity(0.75, K, mask_T[tokens].sum(), E)
@@ -81,7 +81,7 @@ def test_no_group_overfills_an_expert_and_none_drops_a_pair_while_there_is_room(
 @seeds
 def test_each_policy_keeps_its_promise(seed):
     expert_TK, weight_TK, mask_T, wanted = lists(seed, popularity=1.0)
-    kept = {policy: kept_of(limit(wanted, mask_T, 0.75, policy, 1, E)) for policy in POLICIES}
+    kept = {policy: kept_of(limit(wanted, mask_T, 0.75, policy, 1, E, K)) for policy in POLICIES}
     order_TK = np.arange(T * K).reshape(T, K)
     for e in range(E):
         asked = (expert_TK == e) & mask_T[:, None]
@@ -99,16 +99,16 @@ def test_in_token_major_order_later_tokens_take_no_room_from_earlier_ones():
     everyone, half = np.ones(T, bool), T // 2
     other_TK = np.concatenate([expert_TK[:half], np.zeros((T - half, K), int)])
     kept = [kept_of(limit(assignments_of(e_TK, np.ones((T, K)), np.ones((T, K), bool)), everyone, 0.75, "token_major",
-                          1, E)) for e_TK in (expert_TK, other_TK)]
+                          1, E, K)) for e_TK in (expert_TK, other_TK)]
     np.testing.assert_array_equal(kept[0][:half], kept[1][:half])
 
 
 @every_policy
 def test_padding_takes_no_room(policy):
     expert_TK, weight_TK, mask_T, wanted = lists(2, popularity=1.0)
-    kept_TK = kept_of(limit(wanted, mask_T, 0.75, policy, 1, E))
+    kept_TK = kept_of(limit(wanted, mask_T, 0.75, policy, 1, E, K))
     short = [a[mask_T] for a in (expert_TK, weight_TK, np.repeat(mask_T[:, None], K, 1))]
-    alone = limit(assignments_of(*short), np.ones(mask_T.sum(), bool), 0.75, policy, 1, E)
+    alone = limit(assignments_of(*short), np.ones(mask_T.sum(), bool), 0.75, policy, 1, E, K)
     np.testing.assert_array_equal(kept_TK[mask_T], np.asarray(alone.valid_N).reshape(-1, K))
     assert 0 < kept_TK.sum() < K * mask_T.sum()
 
@@ -117,7 +117,7 @@ def test_weights_keep_their_gradient_through_a_limit():
     _, weight_TK, mask_T, wanted = lists(3)
 
     def total(weight_N):
-        return jnp.sum(limit(wanted.replace(weight_N=weight_N), mask_T, 0.5, "weight", 1, E).weight_N**2)
+        return jnp.sum(limit(wanted.replace(weight_N=weight_N), mask_T, 0.5, "weight", 1, E, K).weight_N**2)
 
     weight_N = weight_TK.reshape(-1).astype(np.float32)
     np.testing.assert_allclose(jax.grad(total)(weight_N), 2 * weight_N)
@@ -141,7 +141,7 @@ def test_with_sequences_as_groups_a_sequence_does_not_depend_on_its_neighbours()
     crowded_TK[T // B:] = np.arange(K)
     kept = {}
     for group in ("sequence", "global"):
-        config = config_of(capacity_factor=0.75, routing_group=group)
+        config = config_of(capacity_factor=0.75, routing_group=group, drop_policy="choice_major")
         kept[group] = [kept_of(drop_some(config, assignments_of(e_TK, weight_TK, valid_TK), context(everyone)))[:T // B]
                        for e_TK in (expert_TK, crowded_TK)]
     np.testing.assert_array_equal(*kept["sequence"])
@@ -155,8 +155,8 @@ def test_a_dropped_pair_adds_nothing_and_kept_and_dropped_make_all_pairs(policy,
     skewed = {"w_DE": given.router["w_DE"] + 3 * np.eye(1, E, dtype=np.float32)}
     x_TD = np.abs(given.x_TD)
     layer = (skewed, {}, given.w_in_ED2F, given.w_out_EFD, x_TD, context(given.mask_T), None)
-    y_TD, record = sparse_layer(config_of(dispatch=dispatch, capacity_factor=0.5, drop_policy=policy), *layer)
-    _, all_record = sparse_layer(config_of(), *layer)
+    y_TD, record, *_ = sparse_layer(config_of(dispatch=dispatch, capacity_factor=0.5, drop_policy=policy), *layer)
+    _, all_record, *_ = sparse_layer(config_of(), *layer)
 
     expert_TK, weight_TK = reference.topk(reference.logits(x_TD, skewed["w_DE"]), K, "softmax", True)
     kept_TK = reference.keep(expert_TK, weight_TK, given.mask_T, 0.5, policy, B, E)

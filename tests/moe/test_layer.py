@@ -18,7 +18,6 @@ from moejax.metrics.record import routing_summary, total_records
 from moejax.models import transformer
 from moejax.moe.dispatch import DISPATCHERS
 from moejax.moe.layer import MixtureOfExperts, choose_dispatcher, mixture
-from moejax.moe.routing import get_router
 
 sparse_layer = jax.jit(mixture, static_argnums=0)
 STEP = 1e-6
@@ -33,7 +32,7 @@ def parameters_of(given):
 
 
 def run(config, leaves, where, state=None, key=None):
-    return sparse_layer(config, leaves["router"], state or {}, leaves["w_in"], leaves["w_out"], leaves["x"], where, key)
+    return sparse_layer(config, leaves["router"], state or {}, leaves["w_in"], leaves["w_out"], leaves["x"], where, key)[:2]
 
 
 def gradient_of(config, where, dy_TD, aux=0.0):
@@ -68,7 +67,8 @@ def test_a_transport_that_loses_a_row_is_caught_by_the_record(dispatch, monkeypa
 
 
 @pytest.mark.parametrize("config", [
-    config_of(score="softmax"), config_of(score="sigmoid", renormalize=False, capacity_factor=0.75, route_scale=2.0),
+    config_of(score="softmax"), config_of(score="sigmoid", renormalize=False, capacity_factor=0.75, route_scale=2.0,
+              drop_policy="choice_major"),
     config_of("expert_choice", score="sigmoid"), config_of(experts_per_token=1, renormalize=False)],
     ids=["topk", "capacity", "expert_choice", "switch"])
 def test_output_and_gradients_equal_the_formulas_and_their_finite_differences(config):
@@ -176,7 +176,7 @@ def test_a_router_that_starts_at_zero_learns_from_the_language_model_loss(expert
 
 def test_rematerialisation_repeats_the_same_choices_and_counts_nothing_twice():
     given, config = inputs(10), config_of(bias_rate=0.01, capacity_factor=0.75, jitter=0.2)
-    state = get_router("topk").initial_state(config)
+    state = reference.initial_state(config)
 
     def total(leaves, remat):
         layer = jax.checkpoint(run, static_argnums=0) if remat else run
@@ -207,7 +207,7 @@ def test_a_bfloat16_module_routes_in_float32_and_keeps_its_parameters_in_float32
     given = inputs(11)
     module = MixtureOfExperts(config_of(), F, 1.0, jnp.bfloat16)
     x_BLD, where = jnp.asarray(given.x_TD.reshape(B, L, D), jnp.bfloat16), context(given.mask_T)
-    y_BLD, record = jax.jit(module.apply)(parameters_of(given), x_BLD, {}, where)
+    y_BLD, record, _ = jax.jit(module.apply)(parameters_of(given), x_BLD, {}, where)
     assert y_BLD.dtype == jnp.bfloat16
     x_TD = np.asarray(x_BLD.reshape(T, D).astype(jnp.float32))
     want_TD, want = run(module.config, {**leaves_of(given), "x": x_TD}, where)
@@ -276,8 +276,8 @@ def test_shared_experts_see_every_token_and_their_output_counts():
 
 def test_without_a_mesh_auto_sorts_and_an_expert_choice_list_is_fine():
     for name in ("auto", "sort", "all_gather", "all_to_all", "ragged"):  # all is at hand
-        assert choose_dispatcher(config_of(dispatch=name), local=True) is DISPATCHERS["sort"]
-        assert choose_dispatcher(config_of(dispatch=name), local=False) is DISPATCHERS["sort"]
+        assert choose_dispatcher(config_of(dispatch=name), local=True, pairs=2) is DISPATCHERS["sort"]
+        assert choose_dispatcher(config_of(dispatch=name), local=False, pairs=2) is DISPATCHERS["sort"]
 
 
 def test_a_decoder_refuses_a_router_that_looks_ahead():

@@ -62,7 +62,7 @@ def config_for(router, dispatch, **changes):
     tree.data.length = LENGTH
     tree.moe.update(dict(num_experts=E, block_rows=4, allow_noncausal_routing=True, dispatch=dispatch) | ROUTERS[router]
                     | changes)
-    return configs.build(tree)
+    return transformer.resolve(configs.build(tree))
 
 
 def batch_and_state(config):
@@ -249,7 +249,7 @@ def test_ragged_dot_on_a_mesh_equals_the_oracle():
 def test_a_transport_refuses_a_list_that_names_tokens_that_it_cannot_reach(dispatch):
     with jax.set_mesh(sharding.make_mesh(MESHES["data8"])):
         with pytest.raises(UserError, match=f"config.moe.dispatch={dispatch} cannot reach the tokens of other devices"):
-            choose_dispatcher(config_of(dispatch=dispatch), local=False)
+            choose_dispatcher(config_of(dispatch=dispatch), local=False, pairs=2)
 
 
 @pytest.mark.parametrize("mesh, local, buffer_factor, chosen", [
@@ -259,7 +259,7 @@ def test_a_transport_refuses_a_list_that_names_tokens_that_it_cannot_reach(dispa
 def test_auto_takes_the_transport_that_moves_fewer_rows(mesh, local, buffer_factor, chosen):
     with jax.set_mesh(sharding.make_mesh(MESHES[mesh])):
         config = config_of(dispatch="auto", buffer_factor=buffer_factor)
-        assert choose_dispatcher(config, local) is DISPATCHERS[chosen]
+        assert choose_dispatcher(config, local, config.experts_per_token) is DISPATCHERS[chosen]
 
 
 def test_balance_over_shards_is_the_mean_over_the_parts_of_the_batch_on_each_device():

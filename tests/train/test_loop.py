@@ -13,6 +13,7 @@ from moejax import config as config_lib
 from moejax.checkpoint import read_config
 from moejax.data.prepare import load_prepared
 from moejax.metrics import record
+from moejax.models import transformer
 from moejax.train import loop
 from moejax.train.benchmark import benchmark
 from moejax.train.setup import set_up
@@ -62,7 +63,7 @@ def test_loss_falls_and_every_record_is_whole(run, config):
 
 def test_the_workdir_gives_the_model_back(run, config):
     workdir, finished = run
-    assert read_config(workdir) == config
+    assert transformer.resolve(read_config(workdir)) == transformer.resolve(config)
     model, params = moejax.load(workdir)
     jax.tree.map(np.testing.assert_array_equal, params, jax.device_get(finished.variables))
     tokens = finished.prepared.eval.tokens[1:15][None].astype(np.int32)

@@ -47,7 +47,7 @@ def test_the_balance_loss_of_global_scope_needs_the_whole_load():
     config = tiny_config(**SMALL, moe__balance_weight=0.5)
     functions, _, state = fresh(config)
     batch = tiny_batch(config)
-    whole, split = (jax.jit(partial(gradients, functions._replace(loads=None), parts=parts))(state, batch)[0]
+    whole, split = (jax.jit(partial(gradients, functions._replace(wholes=None), parts=parts))(state, batch)[0]
                     for parts in (1, 4))
     assert max(relative_errors(split, whole).values()) > 1e-3
 

@@ -13,20 +13,19 @@ from jax import Array
 
 from moejax.config import MoEConfig
 from moejax.moe import balance
-from moejax.moe.routing import topk
-from moejax.moe.routing.base import Router, keep_state, no_state
+from moejax.moe.routing import select, topk
+from moejax.moe.routing.base import Router, jitters, z_loss_alone
 from moejax.moe.types import Assignments, RouterOutput, RoutingContext
 
 
 def route(config: MoEConfig, parameters: Mapping[str, Array], state: Mapping[str, Array], x_TD: Array,
           context: RoutingContext) -> RouterOutput:
     """Lets each expert take C = ceil(K * tokens / E) tokens of each group, weighted by its score; see `Router.route`."""
-    x_TD = topk.add_jitter(x_TD.astype(jnp.float32), config, context)
-    logits_TE = jnp.einsum("td,de->te", x_TD, parameters["w_DE"], precision=jax.lax.Precision.HIGHEST)
-    log_scores_TE = topk.log_scores(logits_TE, config.score)
+    logits_TE = select.linear(select.add_jitter(x_TD, config, context), parameters["w_DE"])
+    log_scores_TE = select.log_scores(logits_TE, config.score)
 
     groups = context.sequences if config.routing_group == "sequence" else 1
-    size = x_TD.shape[0] // groups
+    size = len(x_TD) // groups
     most = min(size, math.ceil(config.experts_per_token * size / config.num_experts))
     mask_GT = context.mask_T.reshape(groups, size)
     ranking_GTE = jnp.where(mask_GT[:, :, None], log_scores_TE.reshape(groups, size, -1), -jnp.inf)
@@ -49,10 +48,6 @@ def route(config: MoEConfig, parameters: Mapping[str, Array], state: Mapping[str
     return RouterOutput(assignments, {"router_z": balance.z_loss(logits_TE, context)}, entropy, {})
 
 
-def loss_weights(config: MoEConfig) -> dict[str, float]:
-    """Only the router z-loss: the load is balanced by construction."""
-    return {"router_z": config.z_weight}
-
-
-EXPERT_CHOICE = Router(topk.parameters, no_state, route, keep_state, loss_weights,
-                       paper="Expert choice 2202.09368", causal=False)
+EXPERT_CHOICE = Router("Expert choice", "2202.09368", "each expert takes its C best tokens of the group", route,
+                       causal=False, evaluation="the same rule, so it cannot generate", generates=False, variable=True,
+                       parameters=topk.parameters, loss_weights=z_loss_alone, noisy=jitters, by_group=True)

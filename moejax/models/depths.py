@@ -1,0 +1,57 @@
+"""A block that works on some of the tokens and lets the others pass (Mixture-of-Depths)."""
+
+from typing import Any, Callable, Mapping
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from moejax.config import MoEConfig
+from moejax.layers.attention import Cache
+from moejax.moe import routing
+from moejax.moe.layer import router_parameters
+from moejax.moe.types import ExpertLoad, LayerRecord, RoutingContext
+
+
+class DepthRouted(nn.Module):
+    """A router around a block.
+
+    Attributes:
+      moe: settings; its router is one of level `block`.
+      block: makes the block, given a name.
+    """
+
+    moe: MoEConfig
+    block: Callable[..., nn.Module]
+
+    @nn.compact
+    def __call__(self, x_BLD: Array, carry_TC: Array | None, state: Mapping[str, Array], whole: Any, cache: Cache | None,
+                 rotary: tuple[Array, Array], visible_BLS: Array, at: Array | None, context: RoutingContext
+                 ) -> tuple[Array, Array | None, LayerRecord, Any]:
+        """Like a block: returns [B, L, D], what the next router sees, the record and the new cache."""
+        batch, length, width = x_BLD.shape
+        routed = routing.get_router(self.moe.router).route(
+            self.moe, router_parameters(self, self.moe, width), state, x_BLD.reshape(-1, width), context)
+        on_BL, weight_BL = (a.reshape(batch, length) for a in (routed.assignments.on_T, routed.assignments.weight_T))
+        # The tokens that are on, in their order, and behind them others to fill the capacity.
+        place_BC = jnp.argsort(~on_BL, axis=1, stable=True)[:, :routed.assignments.capacity]
+
+        def take(a_BL: Array) -> Array:
+            return jax.vmap(lambda a, place: a[place])(a_BL, place_BC)
+
+        if cache is None:
+            seen_BCS = jax.vmap(lambda a, place: a[place][:, place])(visible_BLS, place_BC) & take(on_BL)[:, None]
+        else:
+            cache = cache.replace(on_BS=jax.lax.dynamic_update_slice_in_dim(cache.on_BS, on_BL, at, axis=1))
+            place_BC = jnp.broadcast_to(jnp.arange(length), (batch, length))  # slots keep their order in the cache
+            seen_BCS = visible_BLS & cache.on_BS[:, None]
+        x_BCD = take(x_BLD)
+        y_BCD, carry_TC, _, cache = self.block(name="block")(
+            x_BCD, carry_TC, {}, None, cache, tuple(map(take, rotary)), seen_BCS, at, context)
+        change_BCD = (take(weight_BL) * take(on_BL))[..., None].astype(x_BLD.dtype) * (y_BCD - x_BCD)
+        y_BLD = jax.vmap(lambda x, place, change: x.at[place].add(change))(x_BLD, place_BC, change_BCD)
+        count_E = jnp.sum(on_BL, dtype=jnp.int32)[None]
+        load = ExpertLoad(count_E, 0 * count_E, count_E, 0 * count_E, jnp.sum(context.mask_T, dtype=jnp.int32),
+                          routed.entropy)
+        return y_BLD, carry_TC, LayerRecord(routed.losses, load, jax.lax.stop_gradient(routed.statistics)), cache
