@@ -1,14 +1,18 @@
 """Trains one small model with every router, at equal active operations, and writes a table and a plot of what came out.
 
-    python -m experiments.routing.sweep --config=experiments/routing/base.py:quick --workdir=runs/routing
+    python -m experiments.routing.sweep --config=experiments/routing/base.py:quick --workdir=runs/routing \\
+        --fast_compile --jobs=2
 
 Each finished run is a line of rows.jsonl in the workdir; the same command goes on with those that are missing.
 """
 
+import concurrent.futures
 import dataclasses
 import json
 import math
+import multiprocessing
 import statistics
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -24,7 +28,7 @@ from moejax import allocator
 from moejax import config as config_lib
 from moejax.config import Config, UserError
 from moejax.data.loader import eval_batches, train_loader
-from moejax.data.prepare import Prepared, prepare
+from moejax.data.prepare import Prepared, load_prepared, prepare
 from moejax.evaluation.causality import leak
 from moejax.main import load_config_file
 from moejax.models import transformer
@@ -39,6 +43,9 @@ from moejax.train.state import TrainState
 flags.DEFINE_string("config", "experiments/routing/base.py", "FILE[:ARGUMENT] of the model that all routers share")
 flags.DEFINE_string("workdir", None, "folder for data, rows and results", required=True)
 flags.DEFINE_multi_string("router", [], "routers to train; all by default")
+flags.DEFINE_integer("jobs", 1, "runs at a time; with more than one, tokens a second mean little", lower_bound=1)
+flags.DEFINE_boolean("fast_compile", False, "leave out XLA's costly optimisations: compiling, which takes most of the time "
+                     "of short runs, takes about half as long, and steps take longer")
 flags.DEFINE_integer("seeds", 1, "runs of each router", lower_bound=1)
 
 COLUMNS = ("loss", "max_vio", "entropy", "dropped", "dead", "flips", "leak", "leak_eval", "tokens_per_second")
@@ -53,7 +60,8 @@ def for_router(tree: Mapping[str, Any], name: str, seed: int) -> Config:
     """The shared config with another router, its experts as wide as makes the model's operations those of plain top-k."""
     base = transformer.resolve(config_lib.build(tree))
     length, count, choices = base.data.length, base.moe.num_experts, base.moe.experts_per_token
-    options = {"soft_moe": {"slots": max(choices * length // count, 1)}, "lory": {"segment": length // 4},
+    # Soft MoE scores every token with every slot, so with as many slots as pairs its router would cost more than experts.
+    options = {"soft_moe": {"slots": max(choices * length // count // 4, 1)}, "lory": {"segment": length // 4},
                "token_rounding": {"tile": 16}}
     moe = config_lib.build_group(config_lib.MoEConfig, {**tree["moe"], "router": name, "options": options.get(name)}, "moe")
     config = transformer.resolve(dataclasses.replace(config_lib.build(tree), moe=moe, seed=seed))
@@ -64,8 +72,8 @@ def for_router(tree: Mapping[str, Any], name: str, seed: int) -> Config:
             return dataclasses.replace(config, model=dataclasses.replace(config.model, ffn=hidden))
         return dataclasses.replace(config, moe=dataclasses.replace(config.moe, ffn=hidden))
 
-    fixed, each = (forward_flops(c.model, c.moe, length) for c in (wide(0), wide(1)))
-    return wide(max(round((wanted - fixed) / (each - fixed)), 1))
+    one, two = (forward_flops(c.model, c.moe, length) for c in (wide(1), wide(2)))
+    return wide(max(round(1 + (wanted - one) / (two - one)), 1))
 
 
 def decide(model: transformer.Transformer, state: TrainState, batch: Mapping[str, Any]) -> list[Array]:
@@ -164,30 +172,43 @@ def plot(done: Sequence[Mapping[str, Any]], path: Path) -> None:
     pyplot.close(figure)
 
 
-def sweep(spec: str, workdir: Path, names: Sequence[str], seeds: int) -> str:
-    """Trains what is missing, writes rows.jsonl, table.md and, where matplotlib is installed, plot.png; the table."""
-    tree = load_config_file(spec)
+def run_one(spec: str, workdir: Path, fast_compile: bool, name: str, seed: int) -> dict[str, Any]:
+    """Trains one router with one seed, in this process: a row, with its seconds."""
+    jax.config.update("jax_disable_most_optimizations", fast_compile)
+    begin = time.monotonic()
+    setup = set_up(for_router(load_config_file(spec), name, seed))
+    with jax.set_mesh(setup.mesh):
+        row = {"router": name, "seed": seed} | train(setup, load_prepared(workdir / "data"))
+    jax.clear_caches()
+    return row | {"seconds": time.monotonic() - begin}
+
+
+def sweep(spec: str, workdir: Path, names: Sequence[str], seeds: int, jobs: int, fast_compile: bool) -> str:
+    """Trains what is missing, writes rows.jsonl, table.md and plot.png, and returns the table."""
+    config = transformer.resolve(config_lib.build(load_config_file(spec)))
     workdir.mkdir(parents=True, exist_ok=True)
-    prepared = prepare(transformer.resolve(config_lib.build(tree)), workdir / "data")
+    prepare(config, workdir / "data")
     path = workdir / "rows.jsonl"
     todo = list(missing(rows(path), names, seeds))
-    for number, (name, seed) in enumerate(todo, 1):
-        begin = time.monotonic()
-        setup = set_up(for_router(tree, name, seed))
-        with jax.set_mesh(setup.mesh):
-            row = {"router": name, "seed": seed} | train(setup, prepared)
-        with path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        print(f"[{number}/{len(todo)}] {name}, seed {seed}: loss {row['loss']:.4f}, {time.monotonic() - begin:.0f} s",
-              flush=True)
-        jax.clear_caches()
-    done = [row for row in rows(path) if row["router"] in names]
-    (workdir / "table.md").write_text(table(done) + "\n")
+    with concurrent.futures.ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        runs = [pool.submit(run_one, spec, workdir, fast_compile, *run) for run in todo]
+        try:
+            for number, done in enumerate(concurrent.futures.as_completed(runs), 1):
+                row = done.result()
+                with path.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+                print(f"[{number}/{len(todo)}] {row['router']}, seed {row['seed']}: loss {row['loss']:.4f}, "
+                      f"{row['seconds']:.0f} s", flush=True)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    found = [row for row in rows(path) if row["router"] in names]
+    (workdir / "table.md").write_text(table(found) + "\n")
     try:
-        plot(done, workdir / "plot.png")
+        plot(found, workdir / "plot.png")
     except ImportError:
-        print('no plot: pip install -e ".[plots]" first, and run the same command again')
-    return table(done)
+        print('no plot: pip install -e ".[plots]", and run the same command again')
+    return table(found)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -197,9 +218,11 @@ def main(argv: Sequence[str]) -> None:
     try:
         if unknown:
             raise UserError(f"--router={unknown[0]} must be one of {', '.join(ROUTERS)}")
-        print(sweep(values.config, Path(values.workdir), values.router or list(ROUTERS), values.seeds))
+        print(sweep(values.config, Path(values.workdir), values.router or list(ROUTERS), values.seeds, values.jobs,
+                    values.fast_compile))
     except UserError as error:
-        raise SystemExit(f"moejax: {error}") from None
+        print(f"moejax: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -25,18 +25,17 @@ def leak(model: Transformer, variables: Mapping[str, Any], batch: Mapping[str, A
     Returns:
       float32 [B, L // 2]: loss with another future less the loss with the true one, in nats; 0 at padding.
     """
-    return _leak(model, train, variables, batch)
+    cut = batch["tokens"].shape[1] // 2
+    tokens = batch["tokens"]
+    other = jnp.concatenate([tokens[:, :cut], jnp.roll(tokens, 1, axis=0)[:, cut:]], axis=1)
+    losses = [_losses(model, train, variables, batch | {"tokens": t})[:, :cut] for t in (other, tokens)]
+    return jnp.where(batch["mask"][:, :cut], losses[0] - losses[1], 0.0)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _leak(model: Transformer, train: bool, variables: Mapping[str, Any], batch: Mapping[str, Array]) -> Array:
-    cut = batch["tokens"].shape[1] // 2
-    other = jnp.concatenate([batch["tokens"][:, :cut], jnp.roll(batch["tokens"], 1, axis=0)[:, cut:]], axis=1)
-
-    def loss(tokens: Array) -> Array:
-        logits = model.apply({"params": variables["params"]}, tokens, batch["positions"], batch["segments"],
-                             variables["router"], train=train, rngs={"dropout": jax.random.key(0)}).logits_BLV[:, :cut]
-        chosen = jnp.take_along_axis(logits, batch["targets"][:, :cut, None], axis=-1)[..., 0]
-        return jax.nn.logsumexp(logits, axis=-1) - chosen
-
-    return jnp.where(batch["mask"][:, :cut], loss(other) - loss(batch["tokens"]), 0.0)
+def _losses(model: Transformer, train: bool, variables: Mapping[str, Any], batch: Mapping[str, Array]) -> Array:
+    """Negative log-likelihood of each target, [B, L]."""
+    logits = model.apply({"params": variables["params"]}, batch["tokens"], batch["positions"], batch["segments"],
+                         variables["router"], train=train, rngs={"dropout": jax.random.key(0)}).logits_BLV
+    chosen = jnp.take_along_axis(logits, batch["targets"][..., None], axis=-1)[..., 0]
+    return jax.nn.logsumexp(logits, axis=-1) - chosen

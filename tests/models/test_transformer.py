@@ -43,7 +43,8 @@ def test_packed_documents_do_not_see_each_other():
         np.testing.assert_allclose(packed[row, second], wanted, atol=1e-6 * np.abs(wanted).max())
 
 
-@pytest.mark.parametrize("router", ["topk", "hash", "expert_choice"])
+@pytest.mark.parametrize("router", [
+    "topk", pytest.param("hash", marks=pytest.mark.slow), pytest.param("expert_choice", marks=pytest.mark.slow)])
 def test_padding_changes_nothing(router):
     config = tiny_config(moe__router=router, moe__allow_noncausal_routing=True, moe__capacity_factor=1.0)
     model, params, state = tiny_model(config)
@@ -89,7 +90,8 @@ def test_batch_mates_change_nothing_in_evaluation(router):
 
 
 @pytest.mark.parametrize("changes", [
-    {"train__remat": "full"}, {"train__remat": "dots"}, {"train__scan_layers": False}])
+    {"train__remat": "full"}, pytest.param({"train__remat": "dots"}, marks=pytest.mark.slow),
+    {"train__scan_layers": False}])
 def test_remat_and_unrolling_change_nothing(changes):
     """Gradients, and counts of the routers, which recomputation must not double."""
     def gradient(config):

@@ -20,7 +20,11 @@ from moejax.moe.types import Assignments, Merger, RoutingContext, Slots, Totals
 E, F = 8, 3
 LAYERS = [name for name, router in ROUTERS.items() if router.level == "layer"]
 FAMILIES = {ROUTERS[name].route: name for name in reversed(LAYERS)}
-"""One router for each rule; the others differ from it by settings alone, so most laws need `--slow` for them."""
+"""One router for each rule; the others differ from it by settings alone."""
+FAST = ("topk", "noisy_topk", "base", "moe_pp", "remoe", "expert_choice", "token_rounding", "soft_moe", "lory",
+        "hash_balanced")
+"""Routers that between them have every kind of list, decision, state and noise. The compiling laws of others need `--slow`:
+`pytest tests/moe/test_routers.py --slow -k NAME`."""
 every_router = pytest.mark.parametrize("name", LAYERS)
 SETTINGS = {"lory": {"options": {"segment": 2}}, "token_rounding": {"options": {"tile": 4}},
             "soft_moe": {"options": {"slots": 2}}}
@@ -29,7 +33,7 @@ KEY = jax.random.key(3)
 
 
 @pytest.fixture(scope="module", params=[
-    pytest.param(name, marks=[] if name in FAMILIES.values() else pytest.mark.slow) for name in LAYERS])
+    pytest.param(name, marks=[] if name in FAST else pytest.mark.slow) for name in LAYERS])
 def name(request):
     """A router. Of the scope of the module so that its tests follow each other and share what they compile."""
     return request.param

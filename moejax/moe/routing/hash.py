@@ -122,7 +122,8 @@ def check_balanced(config: MoEConfig) -> None:
           "gives each id one expert; set config.moe.experts_per_token=1, or config.moe.router=multi_hash")
 
 
-HASH = Router("Hash layers", "2106.04426", "K random but fixed experts for each token id", route, needs_token_ids=True)
+HASH = Router("Hash layers", "2106.04426", "a random but fixed expert for each token id (K of them)", route,
+              needs_token_ids=True, defaults={"experts_per_token": 1})
 MULTI_HASH = HASH._replace(paper="MultiHash", rule="K = 2 hash functions, each of which picks a segment of the layer",
                            defaults={"experts_per_token": 2})
 HASH_BALANCED = Router(
