@@ -3,9 +3,9 @@
 Array names end in the letters of their dimensions, as in `x_TD` or `w_in_EDF`:
 
     B batch             L length            T = B*L tokens      V vocabulary       D model width
-    Q query heads       G key/value heads   H head size         S cached positions
+    Q query heads       G key/value heads   H head size         S cached positions, or slots of an expert
     E experts           e local experts     K choices a token   C capacity         F expert hidden width
-    N assignments       R received rows     X batch-wide totals of a statistic
+    N assignments       R received rows     M bins, or members  G groups           C values handed on by a router
 """
 
 REPLICA, DATA, EXPERT, MODEL, CONTEXT = "replica", "data", "expert", "model", "context"

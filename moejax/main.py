@@ -29,6 +29,8 @@ usage: python -m moejax.main --config=FILE[:ARGUMENT] --workdir=DIR [--mode=MODE
 
 FILE is Python with a function get_config(), to which ARGUMENT is given. It is run, so only use files that you trust.
 --config.KEY=VALUE overrides a key of the config. All keys, with defaults and meaning: python -m moejax.config
+--config.moe.router=NAME takes another router, --config.moe.options.NAME=VALUE sets one of its own options: python -m
+moejax.moe.routing lists the routers, python -m moejax.moe.routing NAME what one of them sets
 
 modes
   train      (the default) train, or go on if DIR holds a run; Ctrl-C saves, and the same command goes on

@@ -9,7 +9,7 @@ from moejax.evaluation.causality import leak
 from moejax.moe.routing import ROUTERS
 
 OPTIONS = {"lory": {"segment": 2}, "token_rounding": {"tile": 8}, "mixture_of_depths": {"share": 0.3}}
-FAST = ("topk", "base", "mixture_of_depths")
+FAST = ("topk", "mixture_of_depths")
 """Other routers are audited with `--slow`; their layers alone are in tests/moe/test_routers.py."""
 
 

@@ -42,7 +42,7 @@ def one_block(config, train, x_BLD, batch, seed=0, share=SHARE):
         {"params": params["params"]["block"]}, x, None, {}, None, None, rotary, visible, None, context)[0], shared
 
 
-@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("train", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_block_works_on_its_tokens_as_if_the_others_were_not_there(train):
     """Row by row, the chosen tokens alone go through the plain block; others come out bit by bit as they were."""
     config, *_ = model_of()

@@ -20,9 +20,8 @@ from moejax.moe.types import RoutingContext, Totals
 ROWS, LENGTH, D, F = 8, 6, 5, 4
 TOKENS = ROWS * LENGTH
 MESH = MeshConfig(data=2, expert=4)
-FAST = ("moe_pp", "soft_moe", "token_rounding")
-"""A token-major list with something added, a list in another order, and a decision of another kind; other families run
-with `--slow`."""
+FAST = ("moe_pp", "soft_moe")
+"""A token-major list with something added, and a decision of another kind; other families run with `--slow`."""
 
 
 @functools.partial(jax.jit, static_argnums=0)

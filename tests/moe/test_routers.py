@@ -21,10 +21,9 @@ E, F = 8, 3
 LAYERS = [name for name, router in ROUTERS.items() if router.level == "layer"]
 FAMILIES = {ROUTERS[name].route: name for name in reversed(LAYERS)}
 """One router for each rule; the others differ from it by settings alone."""
-FAST = ("topk", "noisy_topk", "base", "moe_pp", "remoe", "expert_choice", "token_rounding", "soft_moe", "lory",
-        "hash_balanced")
-"""Routers that between them have every kind of list, decision, state and noise. The compiling laws of others need `--slow`:
-`pytest tests/moe/test_routers.py --slow -k NAME`."""
+FAST = ("topk", "base", "moe_pp", "remoe", "soft_moe")
+"""Routers of different kinds. The compiling laws of others need `--slow`: `pytest tests/moe/test_routers.py --slow -k NAME`.
+Each family's own tests cover most of them again."""
 every_router = pytest.mark.parametrize("name", LAYERS)
 SETTINGS = {"lory": {"options": {"segment": 2}}, "token_rounding": {"options": {"tile": 4}},
             "soft_moe": {"options": {"slots": 2}}}
@@ -143,7 +142,7 @@ def test_a_bfloat16_model_routes_in_float32(name):
     jax.tree.map(np.testing.assert_array_equal, low, high)
 
 
-@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("train", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_padding_of_any_content_changes_nothing_for_real_tokens(name, train):
     """Each row gets as much padding again, and there are rows of nothing else. The layer, its losses and all gradients.
 
