@@ -22,8 +22,8 @@ LAYERS = [name for name, router in ROUTERS.items() if router.level == "layer"]
 FAMILIES = {ROUTERS[name].route: name for name in reversed(LAYERS)}
 """One router for each rule; the others differ from it by settings alone."""
 FAST = ("topk", "base", "moe_pp", "remoe", "soft_moe")
-"""Routers of different kinds. The compiling laws of others need `--slow`: `pytest tests/moe/test_routers.py --slow -k NAME`.
-Each family's own tests cover most of them again."""
+"""Routers of different kinds. The compiling laws of others need `--slow` (`pytest tests/moe/test_routers.py --slow -k X`);
+each family's own tests cover most of them again."""
 every_router = pytest.mark.parametrize("name", LAYERS)
 SETTINGS = {"lory": {"options": {"segment": 2}}, "token_rounding": {"options": {"tile": 4}},
             "soft_moe": {"options": {"slots": 2}}}

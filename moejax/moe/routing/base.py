@@ -6,7 +6,7 @@ from typing import Any, Callable, Mapping, NamedTuple
 
 from jax import Array
 
-from moejax.config import MoEConfig
+from moejax.config import MoEConfig, check
 from moejax.moe.types import RouterOutput, RoutingContext
 
 
@@ -54,6 +54,23 @@ def no_losses(config: MoEConfig) -> dict[str, float]:
 def z_loss_alone(config: MoEConfig) -> dict[str, float]:
     """The loss weights of a router that has only the router z-loss."""
     return {"router_z": config.z_weight}
+
+
+def balance_and_z(config: MoEConfig) -> dict[str, float]:
+    """The loss weights of a router with a load-balancing loss and the router z-loss."""
+    return {"balance": config.balance_weight, "router_z": config.z_weight}
+
+
+def balances_whole(config: MoEConfig) -> bool:
+    """Whether a load-balancing loss over the whole batch is in use."""
+    return config.balance_weight > 0 and config.balance_scope == "global"
+
+
+def refuse_constant_weight(config: MoEConfig) -> None:
+    """Raises `UserError` on a single renormalised choice, whose router would never learn."""
+    check(not (config.experts_per_token == 1 and config.renormalize),
+          "config.moe.renormalize=True with config.moe.experts_per_token=1 makes every weight 1, so the router gets no "
+          "gradient; set config.moe.renormalize=False")
 
 
 def never(config: MoEConfig) -> bool:

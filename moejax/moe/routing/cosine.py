@@ -14,7 +14,7 @@ from jax import Array
 
 from moejax.config import MoEConfig, check, key
 from moejax.moe.routing import select, topk
-from moejax.moe.routing.base import Parameter, Router, jitters
+from moejax.moe.routing.base import Parameter, Router, balance_and_z, balances_whole, jitters, refuse_constant_weight
 from moejax.moe.types import RouterOutput, RoutingContext
 
 
@@ -52,21 +52,9 @@ def unit(vectors: Array, axis: int) -> Array:
     return vectors * jax.lax.rsqrt(jnp.where(squares > 0, squares, 1.0))
 
 
-def loss_weights(config: MoEConfig) -> dict[str, float]:
-    """Load-balancing loss and router z-loss."""
-    return {"balance": config.balance_weight, "router_z": config.z_weight}
-
-
-def needs_whole(config: MoEConfig) -> bool:
-    """The load-balancing loss over the whole batch does."""
-    return config.balance_weight > 0 and config.balance_scope == "global"
-
-
 def check_config(config: MoEConfig) -> None:
     """Raises `UserError` on settings with which the router would never learn."""
-    check(not (config.experts_per_token == 1 and config.renormalize),
-          "config.moe.renormalize=True with config.moe.experts_per_token=1 makes every weight 1, so the router gets no "
-          "gradient; set config.moe.renormalize=False")
+    refuse_constant_weight(config)
     check(config.router_init > 0, f"config.moe.router={config.router} compares directions, and vectors of zeros have none; "
           "set config.moe.router_init above 0")
 
@@ -74,5 +62,5 @@ def check_config(config: MoEConfig) -> None:
 X_MOE = Router(
     "X-MoE", "2204.09179", "the best expert by cosine in a small space, over a learned temperature", route,
     defaults={"experts_per_token": 1, "renormalize": False, "balance_weight": 0.01, "z_weight": 0.0}, options=Options(),
-    parameters=parameters, initial_state=topk.initial_state, update=topk.update, loss_weights=loss_weights, noisy=jitters,
-    needs_whole=needs_whole, check=check_config)
+    parameters=parameters, initial_state=topk.initial_state, update=topk.update, loss_weights=balance_and_z, noisy=jitters,
+    needs_whole=balances_whole, check=check_config)

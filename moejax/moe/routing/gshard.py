@@ -14,7 +14,7 @@ from jax import Array
 from moejax.config import MoEConfig, check, key
 from moejax.moe import balance
 from moejax.moe.routing import select, topk
-from moejax.moe.routing.base import Router
+from moejax.moe.routing.base import Router, balance_and_z, balances_whole
 from moejax.moe.types import RouterOutput, RoutingContext
 
 
@@ -66,19 +66,9 @@ def sample_second(log_scores_TE: Array, first_T1: Array, noise_key: Array, conte
     return jnp.concatenate([first_T1, select.best(others_TE, 1, context)], axis=1)
 
 
-def loss_weights(config: MoEConfig) -> dict[str, float]:
-    """Load-balancing loss over first choices, and router z-loss."""
-    return {"balance": config.balance_weight, "router_z": config.z_weight}
-
-
 def noisy(config: MoEConfig) -> bool:
     """Unless the second expert is always kept and the input is clean."""
     return config.options.second != "always" or config.jitter > 0
-
-
-def needs_whole(config: MoEConfig) -> bool:
-    """The load-balancing loss over the whole batch does."""
-    return config.balance_weight > 0 and config.balance_scope == "global"
 
 
 def check_config(config: MoEConfig) -> None:
@@ -93,5 +83,5 @@ GSHARD = Router(
     evaluation="always both experts", variable=True,
     defaults={"experts_per_token": 2, "balance_weight": 0.01, "z_weight": 0.0, "capacity_factor": 1.0,
               "eval_capacity_factor": 1.0, "drop_policy": "choice_major", "routing_group": "sequence"},
-    options=Options(), parameters=topk.parameters, loss_weights=loss_weights, noisy=noisy, needs_whole=needs_whole,
+    options=Options(), parameters=topk.parameters, loss_weights=balance_and_z, noisy=noisy, needs_whole=balances_whole,
     check=check_config)

@@ -17,7 +17,7 @@ from jax import Array
 from moejax.config import MoEConfig, check, key
 from moejax.moe import balance
 from moejax.moe.routing import select
-from moejax.moe.routing.base import Parameter, Router, Scope, jitters
+from moejax.moe.routing.base import Parameter, Router, Scope, balance_and_z, balances_whole, jitters, refuse_constant_weight
 from moejax.moe.types import RouterOutput, RoutingContext
 
 
@@ -155,16 +155,6 @@ def update(config: MoEConfig, state: Mapping[str, Array], statistics: Mapping[st
     return {"bias_E": state["bias_E"] + jnp.where(moves_E, step_E, 0.0)}
 
 
-def loss_weights(config: MoEConfig) -> dict[str, float]:
-    """Load-balancing loss and router z-loss."""
-    return {"balance": config.balance_weight, "router_z": config.z_weight}
-
-
-def needs_whole(config: MoEConfig) -> bool:
-    """The load-balancing loss over the whole batch does."""
-    return config.balance_weight > 0 and config.balance_scope == "global"
-
-
 def carry(config: MoEConfig) -> int:
     """The logits of all experts, for the gating residual."""
     return count(config) if config.options.gating_residual else 0
@@ -173,17 +163,15 @@ def carry(config: MoEConfig) -> int:
 def check_config(config: MoEConfig) -> None:
     """Raises `UserError` on a single renormalised choice, whose router would never learn, and on too many expected."""
     choices = config.experts_per_token
-    check(not (choices == 1 and config.renormalize),
-          "config.moe.renormalize=True with config.moe.experts_per_token=1 makes every weight 1, so the router gets no "
-          "gradient; set config.moe.renormalize=False")
+    refuse_constant_weight(config)
     check(config.options.expected <= choices, f"config.moe.options.expected={config.options.expected} is more than "
           f"config.moe.experts_per_token={choices}")
 
 
 ADAMOE = Router("AdaMoE", "2406.13233", "the K best of real and null experts; null ones give 0", route, variable=True,
                 defaults={"experts_per_token": 4, "balance_weight": 0.01, "z_weight": 0.0}, options=Options(zero=4),
-                parameters=parameters, initial_state=initial_state, update=update, loss_weights=loss_weights,
-                noisy=jitters, needs_whole=needs_whole, carry=carry, check=check_config,
+                parameters=parameters, initial_state=initial_state, update=update, loss_weights=balance_and_z,
+                noisy=jitters, needs_whole=balances_whole, carry=carry, check=check_config,
                 passes=lambda config, length: expected(config))
 MOE_PP = ADAMOE._replace(
     paper="MoE++", arxiv="2410.07348", rule="the K best of real, zero, copy and constant experts; gating residual",

@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from moejax.config import MoEConfig, check, key
+from moejax.config import MoEConfig, key
 from moejax.moe import balance
 from moejax.moe.routing import select, topk
-from moejax.moe.routing.base import Router, Scope, jitters, z_loss_alone
+from moejax.moe.routing.base import Router, Scope, jitters, refuse_constant_weight, z_loss_alone
 from moejax.moe.types import RouterOutput, RoutingContext
 
 REACH = 2.0
@@ -91,14 +91,7 @@ def update(config: MoEConfig, state: Mapping[str, Array], statistics: Mapping[st
     return {"beta_E": jnp.where(tokens > 0, moved_E - jnp.mean(moved_E), beta_E)}
 
 
-def check_config(config: MoEConfig) -> None:
-    """Raises `UserError` on a single renormalised choice, whose router would never learn."""
-    check(not (config.experts_per_token == 1 and config.renormalize),
-          "config.moe.renormalize=True with config.moe.experts_per_token=1 makes every weight 1, so the router gets no "
-          "gradient; set config.moe.renormalize=False")
-
-
 QUANTILE = Router("Quantile balancing", "", "sigmoid scores, choice biased by the quantile that evens the load", route,
                   defaults=MappingProxyType({"score": "sigmoid", "z_weight": 0.0}), options=Options(),
                   parameters=topk.parameters, initial_state=initial_state, update=update, loss_weights=z_loss_alone,
-                  noisy=jitters, check=check_config)
+                  noisy=jitters, check=refuse_constant_weight)

@@ -15,7 +15,7 @@ from jax import Array
 
 from moejax.config import MoEConfig, check, key
 from moejax.moe.routing import select, topk
-from moejax.moe.routing.base import Router, jitters
+from moejax.moe.routing.base import Router, balance_and_z, balances_whole, jitters
 from moejax.moe.types import Assignments, RouterOutput, RoutingContext
 
 
@@ -81,16 +81,6 @@ def compacted(config: MoEConfig, kept_GSE: Array, log_weight_TE: Array) -> Assig
     )
 
 
-def loss_weights(config: MoEConfig) -> dict[str, float]:
-    """Load-balancing loss and router z-loss."""
-    return {"balance": config.balance_weight, "router_z": config.z_weight}
-
-
-def needs_whole(config: MoEConfig) -> bool:
-    """The loss over the load of the whole batch does."""
-    return config.balance_weight > 0 and config.balance_scope == "global"
-
-
 def check_config(config: MoEConfig) -> None:
     """Raises `UserError` on a single renormalised choice, whose router would never learn."""
     check(not (config.experts_per_token == 1 and config.renormalize),
@@ -101,5 +91,5 @@ def check_config(config: MoEConfig) -> None:
 ROUNDING = Router("Token rounding", "2512.14080", "top-k with the experts' loads rounded to whole tiles", route,
                   causal=False, evaluation="plain top-k", variable=True,
                   defaults=MappingProxyType({"renormalize": False, "routing_group": "global", "balance_weight": 0.01}),
-                  options=Options(), parameters=topk.parameters, loss_weights=loss_weights, noisy=jitters,
-                  needs_whole=needs_whole, by_group=True, check=check_config)
+                  options=Options(), parameters=topk.parameters, loss_weights=balance_and_z, noisy=jitters,
+                  needs_whole=balances_whole, by_group=True, check=check_config)
