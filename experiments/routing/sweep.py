@@ -58,13 +58,14 @@ FORMATS = {"tokens_per_second": "{:,.0f}", "leak": "{:.1e}", "leak_eval": "{:.1e
 
 def for_router(tree: Mapping[str, Any], name: str, seed: int) -> Config:
     """The shared config with another router, its experts as wide as makes the model's operations those of plain top-k."""
-    base = transformer.resolve(config_lib.build(tree))
+    shared = config_lib.build(tree)
+    base = transformer.resolve(shared)
     length, count, choices = base.data.length, base.moe.num_experts, base.moe.experts_per_token
     # Soft MoE scores every token with every slot, so with as many slots as pairs its router would cost more than experts.
     options = {"soft_moe": {"slots": max(choices * length // count // 4, 1)}, "lory": {"segment": length // 4},
                "token_rounding": {"tile": 16}}
     moe = config_lib.build_group(config_lib.MoEConfig, {**tree["moe"], "router": name, "options": options.get(name)}, "moe")
-    config = transformer.resolve(dataclasses.replace(config_lib.build(tree), moe=moe, seed=seed))
+    config = transformer.resolve(dataclasses.replace(shared, moe=moe, seed=seed))
     wanted = forward_flops(base.model, base.moe, length)
 
     def wide(hidden: int) -> Config:

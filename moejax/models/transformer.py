@@ -101,6 +101,11 @@ class Block(nn.Module):
         return h_BLD.astype(jnp.float32) @ w_DC
 
 
+def passes_blocks(moe: MoEConfig) -> bool:
+    """Whether the router lets tokens pass whole blocks, the sparse ones, rather than sends them to experts in these."""
+    return routing.get_router(moe.router).level == "block"
+
+
 class Run(nn.Module):
     """One repeat of a stack: its blocks in order, with the state, loads and caches of this repeat."""
 
@@ -115,14 +120,12 @@ class Run(nn.Module):
                  ) -> tuple[tuple[Array, Array | None], tuple[dict, dict]]:
         """Takes and returns [B, L, D] and what routers hand on; and returns, by block name, records and caches."""
         (x_BLD, carry_TC), (states, wholes, caches) = stream, per_layer
-        around = self.moe.every > 0 and routing.get_router(self.moe.router).level == "block"
-        dense = partial(Block, self.model, self.moe, False, self.dtype)
-        kinds = {False: (Block, dense.args), True: (DepthRouted, (self.moe, dense)) if around else (
-            Block, (self.model, self.moe, True, self.dtype))}
         records, new_caches = {}, {}
         for j, sparse in enumerate(self.sparse):
             name = f"block_{j}"
-            kind, settings = kinds[sparse]
+            kind, settings = Block, (self.model, self.moe, sparse, self.dtype)
+            if sparse and passes_blocks(self.moe):
+                kind, settings = DepthRouted, (self.moe, partial(Block, self.model, self.moe, False, self.dtype))
             if self.remat != "none":
                 kind = nn.remat(kind, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
             x_BLD, carry_TC, record, cache = kind(*settings, name=name)(
@@ -318,14 +321,11 @@ def count_totals(mask_BL: Array) -> Totals:
 
 def initial_router_state(model: ModelConfig, moe: MoEConfig) -> dict[str, dict[str, dict[str, Array]]]:
     """The routers' state by stack and block, with a leading axis over repeats. An empty dict for stateless routers."""
-    plan = plan_stacks(model.layers, moe)
-    scope = routing.Scope(model.vocab_size, sum(stack.repeats * sum(stack.sparse) for stack in plan))
-
     def stacked(repeats: int) -> dict[str, Array]:
         return {name: jnp.broadcast_to(value, (repeats, *value.shape))
-                for name, value in routing.get_router(moe.router).initial_state(moe, scope).items()}
+                for name, value in routing.get_router(moe.router).initial_state(moe, model.vocab_size).items()}
     stacks = {f"stack_{i}": {f"block_{j}": stacked(stack.repeats) for j, sparse in enumerate(stack.sparse) if sparse}
-              for i, stack in enumerate(plan)}
+              for i, stack in enumerate(plan_stacks(model.layers, moe))}
     return {name: blocks for name, blocks in stacks.items() if blocks}
 
 
@@ -349,11 +349,9 @@ def statistics_of(records: Mapping[str, Any]) -> dict[str, dict[str, dict[str, A
 
 def empty_cache(model: ModelConfig, moe: MoEConfig, batch: int, slots: int, dtype: Any) -> dict[str, dict[str, Cache]]:
     """A key-value cache for `slots` tokens a row."""
-    passed = moe.every > 0 and routing.get_router(moe.router).level == "block"
-
     def stacked(repeats: int, sparse: bool) -> Cache:
         zeros = jnp.zeros((repeats, batch, slots, model.kv_heads, model.head_dim), dtype)
-        return Cache(zeros, zeros, jnp.zeros((repeats, batch, slots), bool) if passed and sparse else None)
+        return Cache(zeros, zeros, jnp.zeros((repeats, batch, slots), bool) if sparse and passes_blocks(moe) else None)
     return {f"stack_{i}": {f"block_{j}": stacked(stack.repeats, sparse) for j, sparse in enumerate(stack.sparse)}
             for i, stack in enumerate(plan_stacks(model.layers, moe))}
 
@@ -365,4 +363,3 @@ def in_order(records: Mapping[str, Mapping[str, LayerRecord]]) -> list[LayerReco
         repeats = jax.tree.leaves(stack)[0].shape[0]
         ordered += [jax.tree.map(lambda a, r=r: a[r], record) for r in range(repeats) for record in stack.values()]
     return ordered
-

@@ -124,7 +124,7 @@ def drop(config: MoEConfig, assignments: Assignments, context: RoutingContext) -
     factor = config.capacity_factor if context.train else config.eval_capacity_factor
     if factor is None or assignments.choices == 0:
         return assignments
-    groups = context.sequences if config.routing_group == "sequence" else 1
+    groups = context.groups(config.routing_group)
     return capacity.limit(assignments, context.mask_T, factor, config.drop_policy, groups, config.num_experts,
                           get_router(config.router).passes(config, len(context.mask_T) // context.sequences))
 

@@ -158,3 +158,11 @@ class RoutingContext:
     sequences: int = struct.field(pytree_node=False)
     shards: int = struct.field(pytree_node=False)
     train: bool = struct.field(pytree_node=False)
+
+    def groups(self, routing_group: str) -> int:
+        """Equal runs of the tokens that are decided on their own, for `config.moe.routing_group`."""
+        return self.sequences if routing_group == "sequence" else 1
+
+    def whole_sum(self, name: str) -> Array | None:
+        """One of the router's statistics of the whole batch, if the tokens are a part of it; else None."""
+        return None if self.whole is None else self.whole[name]

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moejax.config import MoEConfig
-from moejax.moe.routing import Scope, get_router, resolve
+from moejax.moe.routing import get_router, resolve
 from moejax.moe.types import Assignments, RoutingContext, Totals
 
 B, L, D, E, F, K = 4, 6, 5, 7, 3, 2
@@ -56,7 +56,7 @@ def config_of(router="topk", **changes):
 
 
 def initial_state(config):
-    return get_router(config.router).initial_state(config, Scope(vocab_size=1000, layers=3))
+    return get_router(config.router).initial_state(config, 1000)
 
 
 def eager_route(config, parameters, state, x_TD, context):
@@ -77,6 +77,62 @@ def matrix(assignments, tokens=T, experts=E):
             count_TE[token, expert] += 1
             weight_TE[token, expert] += weight
     return count_TE, weight_TE
+
+
+def whole_and_halves(config, given, state):
+    """What the router of `given` says of the whole batch, and of its two halves as parts of it."""
+    everything = context(given.mask_T)
+    whole = route(config, given.router, state, given.x_TD, everything)
+    return whole, [route(config, given.router, state, given.x_TD[part],
+                         context(given.mask_T[part], sequences=B // 2, totals=everything.totals))
+                   for part in (slice(T // 2), slice(T // 2, T))]
+
+
+def assert_halves_route_alike(config, given):
+    """Two halves make the choices of the whole batch, and their shares of z-loss and entropy add up."""
+    whole, halves = whole_and_halves(config, given, {})
+    np.testing.assert_array_equal(np.concatenate([half.assignments.expert_N for half in halves]),
+                                  whole.assignments.expert_N)
+    np.testing.assert_allclose(sum(half.losses["router_z"] for half in halves), whole.losses["router_z"], rtol=1e-6)
+    np.testing.assert_allclose(sum(half.entropy for half in halves), whole.entropy, rtol=1e-5)
+
+
+def assert_halves_add_up(config, given):
+    """Losses, entropy and statistics of uneven halves, and the gradient of the losses, add up to those of the batch."""
+    totals = context(given.mask_T).totals
+
+    def told(w_DE, x_TD, mask_T, sequences, statistics):
+        part = context(mask_T, sequences=sequences, whole=statistics, totals=totals)
+        out = eager_route(config, {"w_DE": w_DE}, {}, x_TD, part)
+        return sum(out.losses.values()), (out.losses, out.entropy, out.statistics)
+
+    evaluate = jax.jit(jax.value_and_grad(told, has_aux=True), static_argnums=3)
+    whole = evaluate(given.router["w_DE"], given.x_TD, given.mask_T, B, None)
+    halves = [evaluate(given.router["w_DE"], given.x_TD[part], given.mask_T[part], B // 2, whole[0][1][2])
+              for part in (slice(T // 2), slice(T // 2, T))]
+    jax.tree.map(lambda a, b, c: np.testing.assert_allclose(b + c, a, rtol=1e-5, atol=1e-7), whole, *halves)
+
+
+def compare(config, given, formula, rtol):
+    """Checks counts and weights against those of a formula of (config, logits, mask); the output, logits and counts."""
+    out = route(config, given.router, {}, given.x_TD, context(given.mask_T))
+    logits_TE = logits(given.x_TD, given.router["w_DE"])
+    count_TE, weight_TE = formula(config, logits_TE, given.mask_T)
+    got_count_TE, got_weight_TE = matrix(out.assignments)
+    np.testing.assert_array_equal(got_count_TE, count_TE)
+    np.testing.assert_allclose(got_weight_TE, weight_TE, rtol=rtol)
+    return out, logits_TE, count_TE
+
+
+def assert_slopes(gradients, function, tree, step, tolerance):
+    """Gradients of each entry of a dict of float64 arrays against central differences of a function of the dict."""
+    for name, value in tree.items():
+        slope = np.zeros(value.shape)
+        for at in np.ndindex(value.shape):
+            change = np.zeros(value.shape)
+            change[at] = step
+            slope[at] = (function(tree | {name: value + change}) - function(tree | {name: value - change})) / (2 * step)
+        assert_close(gradients[name], slope, tolerance)
 
 
 def assignments_of(expert_TK, weight_TK, valid_TK):

@@ -9,7 +9,6 @@ from moe_reference import B, D, E, K, T, assignments_of, config_of, context, eag
 
 from moejax.moe import balance
 from moejax.moe.routing import ROUTERS
-from moejax.moe.types import Totals
 
 SHARDS = 2
 SCOPES = {"sequence": B, "shard": SHARDS, "global": 1}
@@ -128,20 +127,7 @@ def test_z_loss_is_that_of_raw_logits_and_grows_with_a_shift_that_leaves_the_cho
 @pytest.mark.parametrize("scope", ["sequence", "global"])
 def test_the_shares_of_micro_batches_add_up_to_the_big_batch(scope):
     """Uneven parts: the last sequence is all padding. Losses, entropy and counts, and the gradient of the losses."""
-    given = inputs(4)
-    config = config_of(balance_scope=scope)
-    totals = Totals(jnp.float32(given.mask_T.sum()), jnp.float32(given.mask_T.reshape(B, -1).any(1).sum()))
-
-    def losses(w_DE, x_TD, mask_T, sequences, statistics):
-        part = context(mask_T, sequences=sequences, whole=statistics, totals=totals, ids_T=jnp.zeros(len(mask_T), int))
-        out = eager_route(config, {"w_DE": w_DE}, {}, x_TD, part)
-        return sum(out.losses.values()), (out.losses, out.entropy, out.statistics)
-
-    evaluate = jax.jit(jax.value_and_grad(losses, has_aux=True), static_argnums=3)
-    whole = evaluate(given.router["w_DE"], given.x_TD, given.mask_T, B, None)
-    halves = [evaluate(given.router["w_DE"], given.x_TD[part], given.mask_T[part], B // 2, whole[0][1][2])
-              for part in (slice(T // 2), slice(T // 2, T))]
-    jax.tree.map(lambda a, b, c: np.testing.assert_allclose(b + c, a, rtol=1e-5, atol=1e-7), whole, *halves)
+    reference.assert_halves_add_up(config_of(balance_scope=scope), inputs(4))
 
 
 def test_losses_of_64k_tokens_in_bfloat16_keep_their_precision():

@@ -5,7 +5,7 @@ from typing import Any, Mapping
 
 from moejax.config import AUTO, ROUTED, MoEConfig, UserError, build_group, check, nearest
 from moejax.moe.routing import presets
-from moejax.moe.routing.base import Parameter, Router, Scope
+from moejax.moe.routing.base import Parameter, Router
 from moejax.moe.routing.base_layers import BASE
 from moejax.moe.routing.cosine import X_MOE
 from moejax.moe.routing.depths import MIXTURE_OF_DEPTHS
@@ -92,7 +92,7 @@ def resolve(config: MoEConfig) -> MoEConfig:
           f"config.moe.experts_per_token={resolved.experts_per_token} is more than "
           f"config.moe.num_experts={resolved.num_experts}")
     router.check(resolved)
-    check(resolved.bias_rate == 0 or "bias_E" in router.initial_state(resolved, Scope(vocab_size=1, layers=1)),
+    check(resolved.bias_rate == 0 or "bias_E" in router.initial_state(resolved, 1),
           f"config.moe.router={config.router} has no selection bias; leave config.moe.bias_rate alone or set it to 0")
     return resolved
 
@@ -120,4 +120,4 @@ def leak(config: MoEConfig) -> str | None:
     return None
 
 
-__all__ = ["ROUTERS", "Parameter", "Router", "Scope", "get_router", "leak", "resolve"]
+__all__ = ["ROUTERS", "Parameter", "Router", "get_router", "leak", "resolve"]

@@ -6,7 +6,6 @@ from typing import Sequence
 
 from moejax.config import ROUTED, MoEConfig, UserError
 from moejax.moe.routing import ROUTERS, Router, get_router, resolve
-from moejax.moe.routing.base import Scope
 
 
 def yes(value: bool) -> str:
@@ -26,7 +25,7 @@ def table() -> str:
     for name, router in ROUTERS.items():
         config = resolve(MoEConfig(router=name))
         count = "varies" if router.variable else str(config.experts_per_token)
-        state = bool(router.initial_state(config, Scope(vocab_size=2, layers=1)))
+        state = bool(router.initial_state(config, 2))
         rows.append(f"| `{name}` | {link(router)} | {router.rule} | {yes(router.causal)} | {count} | "
                     f"{yes(router.needs_token_ids)} | {yes(state)} | {router.evaluation or 'the same'} |")
     return "\n".join(rows)

@@ -19,13 +19,6 @@ class Parameter(NamedTuple):
     mean: float = 0.0
 
 
-class Scope(NamedTuple):
-    """Sizes that a router's state may depend on: rows of the embedding (V) and number of sparse layers."""
-
-    vocab_size: int
-    layers: int
-
-
 @dataclasses.dataclass(frozen=True)
 class NoOptions:
     """The options of a router that the keys of `config.moe` describe in full."""
@@ -36,7 +29,7 @@ def no_parameters(config: MoEConfig, width: int) -> dict[str, Parameter]:
     return {}
 
 
-def no_state(config: MoEConfig, scope: Scope) -> dict[str, Array]:
+def no_state(config: MoEConfig, vocab_size: int) -> dict[str, Array]:
     """The initial state of a router that has none."""
     return {}
 
@@ -103,7 +96,7 @@ class Router(NamedTuple):
       defaults: values of the keys of `config.moe` that are left to the router (`auto`).
       options: a frozen dataclass of `key` fields with the router's own options at their defaults.
       parameters: (config, D) -> its learned parameters by name.
-      initial_state: (config, scope) -> its state by name, carried between optimizer steps but not learned.
+      initial_state: (config, V) -> its state by name, carried between optimizer steps but not learned.
       update: (config, state, statistics) -> state, once per optimizer step, with the statistics of the whole batch.
       pools_layers: whether `update` gets statistics summed over all sparse layers, so that these share one state.
       loss_weights: config -> the weight of each of its losses by name.
@@ -129,7 +122,7 @@ class Router(NamedTuple):
     defaults: Mapping[str, Any] = MappingProxyType({})
     options: Any = NoOptions()
     parameters: Callable[[MoEConfig, int], dict[str, Parameter]] = no_parameters
-    initial_state: Callable[[MoEConfig, Scope], dict[str, Array]] = no_state
+    initial_state: Callable[[MoEConfig, int], dict[str, Array]] = no_state
     update: Callable[[MoEConfig, Mapping[str, Array], Mapping[str, Array]], dict[str, Array]] = keep_state
     pools_layers: bool = False
     loss_weights: Callable[[MoEConfig], dict[str, float]] = no_losses

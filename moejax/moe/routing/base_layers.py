@@ -60,7 +60,7 @@ def route(config: MoEConfig, parameters: Mapping[str, Array], state: Mapping[str
     """Assigns each token to one expert, weighted by its gate (published: sigmoid) there; see `Router.route`."""
     scores_TE = select.linear(select.add_jitter(x_TD, config, context), parameters["w_DE"])
     if context.train:
-        groups = context.sequences if config.routing_group == "sequence" else 1
+        groups = context.groups(config.routing_group)
         solve = jax.vmap(partial(assign, epsilon=config.options.epsilon, rounds=config.options.rounds))
         expert_T1 = solve(jax.lax.stop_gradient(scores_TE).reshape(groups, -1, config.num_experts),
                           context.mask_T.reshape(groups, -1))[0].reshape(-1, 1)

@@ -8,7 +8,6 @@ import dataclasses
 import math
 from typing import Mapping
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -37,19 +36,10 @@ def parameters(config: MoEConfig, width: int) -> dict[str, Parameter]:
 def route(config: MoEConfig, parameters: Mapping[str, Array], state: Mapping[str, Array], x_TD: Array,
           context: RoutingContext) -> RouterOutput:
     """The top-k rule with cosine(x w, expert) / temperature for logits; see `Router.route`."""
-    token_TC = unit(select.linear(select.add_jitter(x_TD, config, context), parameters["w_DC"]), axis=1)
-    cosine_TE = select.linear(token_TC, unit(parameters["expert_CE"], axis=0))
+    token_TC = select.unit(select.linear(select.add_jitter(x_TD, config, context), parameters["w_DC"]), axis=1)
+    cosine_TE = select.linear(token_TC, select.unit(parameters["expert_CE"], axis=0))
     logits_TE = cosine_TE * jnp.exp(-parameters["log_temperature"])
     return topk.route_by_logits(config, topk.Options(), logits_TE, state.get("bias_E"), context)
-
-
-def unit(vectors: Array, axis: int) -> Array:
-    """Vectors divided by their lengths, however long or short; zero vectors stay zero."""
-    # Divided by the largest entry first, squares neither overflow nor vanish.
-    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(vectors), axis, keepdims=True))
-    vectors = vectors / jnp.where(largest > 0, largest, 1.0)
-    squares = jnp.sum(vectors**2, axis, keepdims=True)
-    return vectors * jax.lax.rsqrt(jnp.where(squares > 0, squares, 1.0))
 
 
 def check_config(config: MoEConfig) -> None:

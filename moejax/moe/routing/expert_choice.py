@@ -24,7 +24,7 @@ def route(config: MoEConfig, parameters: Mapping[str, Array], state: Mapping[str
     logits_TE = select.linear(select.add_jitter(x_TD, config, context), parameters["w_DE"])
     log_scores_TE = select.log_scores(logits_TE, config.score)
 
-    groups = context.sequences if config.routing_group == "sequence" else 1
+    groups = context.groups(config.routing_group)
     size = len(x_TD) // groups
     most = min(size, math.ceil(config.experts_per_token * size / config.num_experts))
     mask_GT = context.mask_T.reshape(groups, size)

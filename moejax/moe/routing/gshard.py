@@ -53,7 +53,7 @@ def route(config: MoEConfig, parameters: Mapping[str, Array], state: Mapping[str
     statistics = {"first_E": balance.count_per_expert(first, config.num_experts)[0]}
     losses = {
         "balance": balance.load_balancing_loss(jnp.exp(log_probs_TE), first, context, config.balance_scope,
-                                               (context.whole or {}).get("first_E")),
+                                               context.whole_sum("first_E")),
         "router_z": balance.z_loss(logits_TE, context),
     }
     return RouterOutput(assignments, losses, balance.entropy(log_probs_TE, context.mask_T), statistics)

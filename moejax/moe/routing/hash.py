@@ -18,7 +18,7 @@ from jax import Array
 from moejax.config import MoEConfig, check, key
 from moejax.moe import balance
 from moejax.moe.routing import select, topk
-from moejax.moe.routing.base import Router, Scope, jitters
+from moejax.moe.routing.base import Router, jitters
 from moejax.moe.types import RouterOutput, RoutingContext
 
 
@@ -75,9 +75,9 @@ def check_weights(config: MoEConfig) -> None:
           "learn; set config.moe.renormalize=False, or config.moe.router=hash")
 
 
-def balanced_state(config: MoEConfig, scope: Scope) -> dict[str, Array]:
+def balanced_state(config: MoEConfig, vocab_size: int) -> dict[str, Array]:
     """Steps and ids counted so far, and the expert of each id: at first that of the random hash."""
-    ids_V = jnp.arange(scope.vocab_size, dtype=jnp.int32)
+    ids_V = jnp.arange(vocab_size, dtype=jnp.int32)
     return {"step": jnp.int32(0), "count_V": jnp.zeros_like(ids_V),
             "table_V": choose(ids_V, config.num_experts, 1)[:, 0].astype(jnp.int32)}
 

@@ -15,7 +15,7 @@ from jax import Array
 from moejax.config import MoEConfig, check, key
 from moejax.moe import balance
 from moejax.moe.routing import select
-from moejax.moe.routing.base import Parameter, Router
+from moejax.moe.routing.base import Parameter, Router, balance_and_z, balances_whole, refuse_constant_weight
 from moejax.moe.types import RouterOutput, RoutingContext
 
 
@@ -70,12 +70,11 @@ def route(config: MoEConfig, parameters: Mapping[str, Array], state: Mapping[str
         chance_TE = chance(clean_TE, noisy_TE, stddev_TE, best_TM, config.options.load_threshold)
         load_E = jnp.sum(jnp.where(context.mask_T[:, None], chance_TE, 0.0), axis=0)
     statistics = {"assigned_E": count_E, "importance_E": importance_E, "load_E": load_E}
-    whole = context.whole or {}
     losses = {
-        "importance": balance.of_sums(balance.squared_variation, importance_E, whole.get("importance_E"), context),
-        "load": balance.of_sums(balance.squared_variation, load_E, whole.get("load_E"), context),
+        "importance": balance.of_sums(balance.squared_variation, importance_E, context.whole_sum("importance_E"), context),
+        "load": balance.of_sums(balance.squared_variation, load_E, context.whole_sum("load_E"), context),
         "balance": balance.load_balancing_loss(jnp.exp(log_scores_TE), assignments, context, config.balance_scope,
-                                               whole.get("assigned_E")),
+                                               context.whole_sum("assigned_E")),
         "router_z": balance.z_loss(clean_TE, context),
     }
     return RouterOutput(assignments, losses, balance.entropy(log_scores_TE, context.mask_T), statistics)
@@ -101,24 +100,19 @@ def chance(clean_TE: Array, noisy_TE: Array, stddev_TE: Array, best_TM: Array, t
 
 def loss_weights(config: MoEConfig) -> dict[str, float]:
     """Squared variation of importance and load, and the losses of the top-k family."""
-    return {"importance": config.options.importance_weight, "load": config.options.load_weight,
-            "balance": config.balance_weight, "router_z": config.z_weight}
+    return balance_and_z(config) | {"importance": config.options.importance_weight, "load": config.options.load_weight}
 
 
 def needs_whole(config: MoEConfig) -> bool:
     """Variations are no sums over tokens, nor is the load-balancing loss over the whole batch."""
-    weights = loss_weights(config)
-    return (weights["importance"] > 0 or weights["load"] > 0
-            or weights["balance"] > 0 and config.balance_scope == "global")
+    return config.options.importance_weight > 0 or config.options.load_weight > 0 or balances_whole(config)
 
 
 def check_config(config: MoEConfig) -> None:
     """Raises `UserError` on scores that are no softmax, and on weights that are 1 whatever the router says."""
     check(config.score == "softmax", f"config.moe.router={config.router} has softmax weights; set "
           f"config.moe.score=softmax instead of {config.score}")
-    check(not (config.experts_per_token == 1 and config.renormalize),
-          "config.moe.renormalize=True with config.moe.experts_per_token=1 makes every weight 1, so the model's loss "
-          "gives the router no gradient; set config.moe.renormalize=False")
+    refuse_constant_weight(config)
 
 
 NOISY_TOPK = Router(

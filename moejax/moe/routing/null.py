@@ -17,7 +17,7 @@ from jax import Array
 from moejax.config import MoEConfig, check, key
 from moejax.moe import balance
 from moejax.moe.routing import select
-from moejax.moe.routing.base import Parameter, Router, Scope, balance_and_z, balances_whole, jitters, refuse_constant_weight
+from moejax.moe.routing.base import Parameter, Router, balance_and_z, balances_whole, jitters, refuse_constant_weight
 from moejax.moe.types import RouterOutput, RoutingContext
 
 
@@ -56,7 +56,7 @@ def parameters(config: MoEConfig, width: int) -> dict[str, Parameter]:
     return own
 
 
-def initial_state(config: MoEConfig, scope: Scope) -> dict[str, Array]:
+def initial_state(config: MoEConfig, vocab_size: int) -> dict[str, Array]:
     """The selection bias of real and special experts, if it is in use."""
     return {"bias_E": jnp.zeros(count(config), jnp.float32)} if config.bias_rate > 0 else {}
 
@@ -86,7 +86,7 @@ def route(config: MoEConfig, parameters: Mapping[str, Array], state: Mapping[str
     losses = {
         "balance": balance.load_balancing_loss(
             select.linear(jnp.exp(log_probs_TE), jnp.asarray(pull(config))), chosen, context, config.balance_scope,
-            None if context.whole is None else context.whole["assigned_E"]),
+            context.whole_sum("assigned_E")),
         "router_z": balance.z_loss(logits_TE, context),
     }
     return RouterOutput(assignments, losses, balance.entropy(log_probs_TE, context.mask_T), statistics,

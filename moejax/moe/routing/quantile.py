@@ -7,7 +7,6 @@ kexue.fm/archives/11619; Kimi K3 technical report, section 2.3.3. Weights come f
 """
 
 import dataclasses
-from types import MappingProxyType
 from typing import Mapping
 
 import jax
@@ -17,7 +16,7 @@ from jax import Array
 from moejax.config import MoEConfig, key
 from moejax.moe import balance
 from moejax.moe.routing import select, topk
-from moejax.moe.routing.base import Router, Scope, jitters, refuse_constant_weight, z_loss_alone
+from moejax.moe.routing.base import Router, jitters, refuse_constant_weight, z_loss_alone
 from moejax.moe.types import RouterOutput, RoutingContext
 
 REACH = 2.0
@@ -33,7 +32,7 @@ class Options:
     bins: int = key(4096, "bins of the histogram of margins from which quantiles are read", low=1)
 
 
-def initial_state(config: MoEConfig, scope: Scope) -> dict[str, Array]:
+def initial_state(config: MoEConfig, vocab_size: int) -> dict[str, Array]:
     """The bias that is subtracted from the scores; its mean stays 0."""
     return {"beta_E": jnp.zeros(config.num_experts, jnp.float32)}
 
@@ -92,6 +91,6 @@ def update(config: MoEConfig, state: Mapping[str, Array], statistics: Mapping[st
 
 
 QUANTILE = Router("Quantile balancing", "", "sigmoid scores, choice biased by the quantile that evens the load", route,
-                  defaults=MappingProxyType({"score": "sigmoid", "z_weight": 0.0}), options=Options(),
+                  defaults={"score": "sigmoid", "z_weight": 0.0}, options=Options(),
                   parameters=topk.parameters, initial_state=initial_state, update=update, loss_weights=z_loss_alone,
                   noisy=jitters, check=refuse_constant_weight)

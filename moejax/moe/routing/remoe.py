@@ -14,7 +14,7 @@ from jax import Array
 from moejax.config import MoEConfig, key
 from moejax.moe import balance
 from moejax.moe.routing import select, topk
-from moejax.moe.routing.base import Router, Scope, jitters
+from moejax.moe.routing.base import Router, jitters
 from moejax.moe.types import RouterOutput, RoutingContext
 
 STRENGTH_BOUNDS = 1e-20, 1e20
@@ -29,7 +29,7 @@ class Options:
     rate: float = key(1.2, "factor by which the strength grows or shrinks in a step", low=1)
 
 
-def initial_state(config: MoEConfig, scope: Scope) -> dict[str, Array]:
+def initial_state(config: MoEConfig, vocab_size: int) -> dict[str, Array]:
     """The strength of the L1 loss: one for all layers, as `update` gets the statistics of all of them."""
     return {"strength": jnp.float32(config.options.start)}
 

@@ -6,7 +6,6 @@ takes the top-k choices as they are.
 """
 
 import dataclasses
-from types import MappingProxyType
 from typing import Mapping
 
 import jax
@@ -15,7 +14,7 @@ from jax import Array
 
 from moejax.config import MoEConfig, check, key
 from moejax.moe.routing import select, topk
-from moejax.moe.routing.base import Router, balance_and_z, balances_whole, jitters
+from moejax.moe.routing.base import Router, balance_and_z, balances_whole, jitters, refuse_constant_weight
 from moejax.moe.types import Assignments, RouterOutput, RoutingContext
 
 
@@ -35,7 +34,7 @@ def route(config: MoEConfig, parameters: Mapping[str, Array], state: Mapping[str
         return plain
     log_scores_TE = select.log_scores(logits_TE, config.score)
     expert_TK = plain.assignments.expert_N.reshape(len(x_TD), -1)
-    groups = context.sequences if config.routing_group == "sequence" else 1
+    groups = context.groups(config.routing_group)
     tile, size = config.options.tile, len(x_TD) // groups
     check(tile <= size, f"config.moe.options.tile={tile} is more than the {size} tokens of a routing group, so every load "
           "would be rounded to 0; take a smaller tile or a larger config.moe.routing_group")
@@ -81,15 +80,8 @@ def compacted(config: MoEConfig, kept_GSE: Array, log_weight_TE: Array) -> Assig
     )
 
 
-def check_config(config: MoEConfig) -> None:
-    """Raises `UserError` on a single renormalised choice, whose router would never learn."""
-    check(not (config.experts_per_token == 1 and config.renormalize),
-          "config.moe.renormalize=True with config.moe.experts_per_token=1 makes the weight of every choice 1, so the "
-          "router gets no gradient; set config.moe.renormalize=False")
-
-
 ROUNDING = Router("Token rounding", "2512.14080", "top-k with the experts' loads rounded to whole tiles", route,
                   causal=False, evaluation="plain top-k", variable=True,
-                  defaults=MappingProxyType({"renormalize": False, "routing_group": "global", "balance_weight": 0.01}),
+                  defaults={"renormalize": False, "routing_group": "global", "balance_weight": 0.01},
                   options=Options(), parameters=topk.parameters, loss_weights=balance_and_z, noisy=jitters,
-                  needs_whole=balances_whole, by_group=True, check=check_config)
+                  needs_whole=balances_whole, by_group=True, check=refuse_constant_weight)

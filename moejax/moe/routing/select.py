@@ -21,6 +21,15 @@ def linear(x_TD: Array, w_DE: Array) -> Array:
     return jnp.einsum("td,de->te", x_TD.astype(jnp.float32), w_DE, precision=jax.lax.Precision.HIGHEST)
 
 
+def unit(vectors: Array, axis: int) -> Array:
+    """Vectors divided by their lengths, however long or short; zero vectors stay zero."""
+    # Divided by the largest entry first, squares neither overflow nor vanish.
+    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(vectors), axis, keepdims=True))
+    vectors = vectors / jnp.where(largest > 0, largest, 1.0)
+    squares = jnp.sum(vectors**2, axis, keepdims=True)
+    return vectors * jax.lax.rsqrt(jnp.where(squares > 0, squares, 1.0))
+
+
 def log_scores(logits_TE: Array, score: str) -> Array:
     """Logarithm of the gate function; in logarithms, normalising needs no epsilon and survives any logit."""
     return jax.nn.log_softmax(logits_TE) if score == "softmax" else jax.nn.log_sigmoid(logits_TE)

@@ -37,7 +37,7 @@ def route(config: MoEConfig, parameters: Mapping[str, Array], state: Mapping[str
     logits_TE = select.linear(select.add_jitter(x_TD, config, context), parameters["w_DE"])
     ranking_TE = logits_TE
     if context.train:
-        groups = context.sequences if config.routing_group == "sequence" else 1
+        groups = context.groups(config.routing_group)
         scale = jax.vmap(partial(log_plan, iterations=config.options.iterations))
         ranking_TE = scale(jax.lax.stop_gradient(logits_TE).reshape(groups, -1, config.num_experts),
                            context.mask_T.reshape(groups, -1)).reshape(logits_TE.shape)

@@ -13,6 +13,7 @@ from jax import Array
 
 from moejax.config import MoEConfig, key
 from moejax.moe import balance
+from moejax.moe.routing import select
 from moejax.moe.routing.base import Parameter, Router
 from moejax.moe.types import RouterOutput, RoutingContext, Slots
 
@@ -31,18 +32,12 @@ def parameters(config: MoEConfig, width: int) -> dict[str, Parameter]:
             "scale": Parameter((), (), 0.0, mean=1.0)}
 
 
-def normalise(x: Array, axis: int) -> Array:
-    """x over its Euclidean norm along an axis; zero stays zero, with gradient zero."""
-    square = jnp.sum(x**2, axis=axis, keepdims=True)
-    return jnp.where(square > 0, x * jax.lax.rsqrt(jnp.where(square > 0, square, 1.0)), 0.0)
-
-
 def route(config: MoEConfig, parameters: Mapping[str, Array], state: Mapping[str, Array], x_TD: Array,
           context: RoutingContext) -> RouterOutput:
     """Softmax over tokens for what a slot takes in, over slots for what a token gets back; see `Router.route`."""
-    x_BLD = normalise(x_TD.astype(jnp.float32), axis=-1).reshape(context.sequences, -1, x_TD.shape[-1])
+    x_BLD = select.unit(x_TD.astype(jnp.float32), axis=-1).reshape(context.sequences, -1, x_TD.shape[-1])
     logits_BLES = parameters["scale"] * jnp.einsum(
-        "bld,des->bles", x_BLD, normalise(parameters["phi_DES"], axis=0), precision=jax.lax.Precision.HIGHEST)
+        "bld,des->bles", x_BLD, select.unit(parameters["phi_DES"], axis=0), precision=jax.lax.Precision.HIGHEST)
     batch, length, experts, per_expert = logits_BLES.shape
     mask_BL11 = context.mask_T.reshape(batch, length, 1, 1)
     # Finite, so that a sequence of nothing but padding has numbers to mask.

@@ -7,7 +7,6 @@ seen so far rather than over the batch, hence causal. A token takes K experts on
 import dataclasses
 import math
 from statistics import NormalDist
-from types import MappingProxyType
 from typing import Mapping
 
 import jax
@@ -17,7 +16,7 @@ from jax import Array
 from moejax.config import MoEConfig, check, key
 from moejax.moe import balance
 from moejax.moe.routing import select, topk
-from moejax.moe.routing.base import Router, Scope, jitters, z_loss_alone
+from moejax.moe.routing.base import Router, jitters, z_loss_alone
 from moejax.moe.routing.quantile import histogram, upper_quantile
 from moejax.moe.types import RouterOutput, RoutingContext
 
@@ -30,7 +29,7 @@ class Options:
     bins: int = key(4096, "bins of the histogram of scores from which quantiles are read", low=1)
 
 
-def initial_state(config: MoEConfig, scope: Scope) -> dict[str, Array]:
+def initial_state(config: MoEConfig, vocab_size: int) -> dict[str, Array]:
     """The cutoffs that let through a share K/E of the initial logits, which are about normal, and no step yet."""
     passed = config.experts_per_token / config.num_experts
     logit = -math.inf if passed == 1 else NormalDist().inv_cdf(1 - passed) * config.router_init
@@ -76,6 +75,6 @@ def check_config(config: MoEConfig) -> None:
 
 THRESHOLD = Router("Expert threshold", "2603.11535", "each expert takes the tokens above its running quantile; causal",
                    route, variable=True,
-                   defaults=MappingProxyType({"score": "sigmoid", "renormalize": False, "z_weight": 0.0}),
+                   defaults={"score": "sigmoid", "renormalize": False, "z_weight": 0.0},
                    options=Options(), parameters=topk.parameters, initial_state=initial_state, update=update,
                    loss_weights=z_loss_alone, noisy=jitters, check=check_config)

@@ -14,7 +14,7 @@ from jax import Array
 from moejax.config import MoEConfig, check, key
 from moejax.moe import balance
 from moejax.moe.routing import select, topk
-from moejax.moe.routing.base import Router, jitters
+from moejax.moe.routing.base import Router, balance_and_z, balances_whole, jitters
 from moejax.moe.types import RouterOutput, RoutingContext
 
 
@@ -48,10 +48,10 @@ def route(config: MoEConfig, parameters: Mapping[str, Array], state: Mapping[str
     assignments = select.listed(expert_TK, jnp.where(valid_TK, config.route_scale * weight_TK, 0.0), valid_TK)
 
     statistics = {"assigned_E": balance.count_per_expert(assignments, config.num_experts)[0]}
-    whole_E = None if context.whole is None else context.whole["assigned_E"]
     entropy = balance.entropy(log_probs_TE, context.mask_T)
     losses = {
-        "balance": balance.load_balancing_loss(jnp.exp(log_probs_TE), assignments, context, config.balance_scope, whole_E),
+        "balance": balance.load_balancing_loss(jnp.exp(log_probs_TE), assignments, context, config.balance_scope,
+                                               context.whole_sum("assigned_E")),
         "entropy": entropy / jnp.maximum(context.totals.tokens, 1.0),
         "router_z": balance.z_loss(logits_TE, context),
     }
@@ -60,12 +60,7 @@ def route(config: MoEConfig, parameters: Mapping[str, Array], state: Mapping[str
 
 def loss_weights(config: MoEConfig) -> dict[str, float]:
     """Load-balancing loss, entropy, router z-loss."""
-    return {"balance": config.balance_weight, "entropy": config.options.entropy_weight, "router_z": config.z_weight}
-
-
-def needs_whole(config: MoEConfig) -> bool:
-    """The load-balancing loss over the whole batch does."""
-    return config.balance_weight > 0 and config.balance_scope == "global"
+    return balance_and_z(config) | {"entropy": config.options.entropy_weight}
 
 
 def check_config(config: MoEConfig) -> None:
@@ -79,5 +74,5 @@ def check_config(config: MoEConfig) -> None:
 
 TOP_P = Router("Top-p", "2403.07652", "the fewest best experts whose probabilities reach p together", route, variable=True,
                defaults={"renormalize": False, "balance_weight": 0.01, "z_weight": 0.0}, options=Options(),
-               parameters=topk.parameters, loss_weights=loss_weights, noisy=jitters, needs_whole=needs_whole,
+               parameters=topk.parameters, loss_weights=loss_weights, noisy=jitters, needs_whole=balances_whole,
                check=check_config)

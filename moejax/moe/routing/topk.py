@@ -15,7 +15,7 @@ from jax import Array
 from moejax.config import MoEConfig, check, key
 from moejax.moe import balance
 from moejax.moe.routing import select
-from moejax.moe.routing.base import Parameter, Router, Scope, jitters
+from moejax.moe.routing.base import Parameter, Router, balance_and_z, balances_whole, jitters, refuse_constant_weight
 from moejax.moe.types import RouterOutput, RoutingContext
 
 
@@ -39,7 +39,7 @@ def parameters(config: MoEConfig, width: int) -> dict[str, Parameter]:
     return {"w_DE": Parameter((width, config.num_experts), ("embed", "router"), config.router_init * width**-0.5)}
 
 
-def initial_state(config: MoEConfig, scope: Scope) -> dict[str, Array]:
+def initial_state(config: MoEConfig, vocab_size: int) -> dict[str, Array]:
     """The selection bias, if it is in use."""
     return {"bias_E": jnp.zeros(config.num_experts, jnp.float32)} if config.bias_rate > 0 else {}
 
@@ -72,10 +72,9 @@ def route_by_logits(config: MoEConfig, options: Options, logits_TE: Array, bias_
         counted_TK = select.best(within_groups(plain_TE, options), config.experts_per_token, context)
         counted = select.listed(counted_TK, weight_TK, mask_TK)
         statistics["preferred_E"] = balance.count_per_expert(counted, config.num_experts)[0]
-    whole = None if context.whole is None else context.whole["preferred_E" if "preferred_E" in statistics else
-                                                             "assigned_E"]
+    whole_E = context.whole_sum("preferred_E" if "preferred_E" in statistics else "assigned_E")
     losses = {
-        "balance": balance.load_balancing_loss(probs_TE, counted, context, config.balance_scope, whole),
+        "balance": balance.load_balancing_loss(probs_TE, counted, context, config.balance_scope, whole_E),
         "router_z": balance.z_loss(logits_TE, context),
     }
     if options.groups > 1:
@@ -118,7 +117,7 @@ def update(config: MoEConfig, state: Mapping[str, Array], statistics: Mapping[st
 
 def loss_weights(config: MoEConfig) -> dict[str, float]:
     """Load-balancing loss, router z-loss and, with groups of experts, their balance."""
-    weights = {"balance": config.balance_weight, "router_z": config.z_weight}
+    weights = balance_and_z(config)
     if config.options.groups > 1:
         weights |= {"group_balance": config.options.group_balance_weight,
                     "communication": config.options.communication_weight}
@@ -128,16 +127,14 @@ def loss_weights(config: MoEConfig) -> dict[str, float]:
 def needs_whole(config: MoEConfig) -> bool:
     """Losses over the load of the whole batch do."""
     weights = loss_weights(config)
-    return (weights["balance"] > 0 and config.balance_scope == "global"
-            or weights.get("group_balance", 0) > 0 or weights.get("communication", 0) > 0)
+    return balances_whole(config) or weights.get("group_balance", 0) > 0 or weights.get("communication", 0) > 0
 
 
 def check_config(config: MoEConfig) -> None:
     """Raises `UserError` on a single renormalised choice, whose router would never learn, and on impossible groups."""
     options, experts, choices = config.options, config.num_experts, config.experts_per_token
-    check(not (experts > choices == 1 and config.renormalize),
-          "config.moe.renormalize=True with config.moe.experts_per_token=1 makes every weight 1, so the router gets no "
-          "gradient; set config.moe.renormalize=False")
+    if experts > 1:  # with one expert there is nothing to learn
+        refuse_constant_weight(config)
     check(options.gate == "output" or choices == 1,
           "config.moe.options.gate=input scales the input of a token's only expert; set config.moe.experts_per_token=1")
     check(experts % options.groups == 0, f"config.moe.options.groups={options.groups} does not divide "

@@ -226,16 +226,7 @@ def test_extreme_scores_give_finite_results_and_gradients_also_for_nothing_but_p
 
 
 def test_sequences_are_assigned_and_losses_shared_alike_in_two_micro_batches():
-    given, config = inputs(6), TRAIN["sequence"]
-    totals = Totals(jnp.float32(given.mask_T.sum()), jnp.float32(B - 1))
-    whole = route(config, given.router, {}, given.x_TD, context(given.mask_T))
-    halves = [route(config, given.router, {}, given.x_TD[part],
-                    context(given.mask_T[part], sequences=B // 2, totals=totals))
-              for part in (slice(T // 2), slice(T // 2, T))]
-    np.testing.assert_array_equal(np.concatenate([half.assignments.expert_N for half in halves]),
-                                  whole.assignments.expert_N)
-    np.testing.assert_allclose(sum(half.losses["router_z"] for half in halves), whole.losses["router_z"], rtol=1e-6)
-    np.testing.assert_allclose(sum(half.entropy for half in halves), whole.entropy, rtol=1e-5)
+    reference.assert_halves_route_alike(TRAIN["sequence"], inputs(6))
 
 
 def test_a_bfloat16_model_routes_in_float32():

@@ -138,14 +138,7 @@ def test_gradients_equal_finite_differences(config):
         return weighed + out.losses["dselect_entropy"]
 
     gradients = jax.jit(jax.grad(got))(parameters)
-    for name, value in float64(parameters).items():
-        slope = np.zeros(value.shape)
-        for at in np.ndindex(value.shape):
-            step = np.zeros(value.shape)
-            step[at] = 1e-5
-            slope[at] = (want(float64(parameters) | {name: value + step})
-                         - want(float64(parameters) | {name: value - step})) / 2e-5
-        reference.assert_close(gradients[name], slope, 1e-3)
+    reference.assert_slopes(gradients, want, float64(parameters), 1e-5, 1e-3)
 
 
 @pytest.mark.parametrize("size", [0.0, 0.5, 60.0, 1e4])

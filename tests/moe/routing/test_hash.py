@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from moe_reference import D, E, T, config_of, context, eager_route, inputs, matrix, route
 
 from moejax.config import UserError
-from moejax.moe.routing import ROUTERS, Scope
+from moejax.moe.routing import ROUTERS
 from moejax.moe.routing.hash import greedy_table, log_softplus
 
 VOCABULARY = 1000
@@ -127,7 +127,7 @@ table = jax.jit(greedy_table, static_argnums=2)
 
 
 def first_state(config=BALANCED):
-    return ROUTERS["hash_balanced"].initial_state(config, Scope(VOCABULARY, layers=3))
+    return ROUTERS["hash_balanced"].initial_state(config, VOCABULARY)
 
 
 def greedy(count_V, table_V, experts):
@@ -230,7 +230,7 @@ def test_the_balanced_hash_gives_an_id_one_expert_and_needs_no_more_than_one():
 def test_routing_reads_the_id_alone_and_only_weights_may_read_the_token(router):
     given, other = inputs(12), inputs(13)
     config = config_of(router, experts_per_token="auto")
-    state = ROUTERS[router].initial_state(config, Scope(VOCABULARY, layers=1))
+    state = ROUTERS[router].initial_state(config, VOCABULARY)
     order = np.random.default_rng(14).permutation(T)
     one = route(config, given.router, state, given.x_TD, context(given.mask_T, given.ids_T))
     two = route(config, other.router, state, other.x_TD[order], context(given.mask_T[order], given.ids_T[order]))

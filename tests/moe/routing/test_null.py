@@ -132,14 +132,7 @@ def test_gradients_equal_finite_differences(name):
         return value + (jnp.sum(out.carry_TC * g_TC) if residual else 0)
 
     gradients = jax.jit(jax.grad(got))(parameters)
-    for key, value in float64(parameters).items():
-        slope = np.zeros(value.shape)
-        for at in np.ndindex(value.shape):
-            step = np.zeros(value.shape)
-            step[at] = 1e-6
-            slope[at] = (want(float64(parameters) | {key: value + step})
-                         - want(float64(parameters) | {key: value - step})) / 2e-6
-        reference.assert_close(gradients[key], slope, 1e-4)
+    reference.assert_slopes(gradients, want, float64(parameters), 1e-6, 1e-4)
 
 
 def test_special_experts_alone_give_nothing_the_input_itself_or_a_mixture():

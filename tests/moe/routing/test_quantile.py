@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import moe_reference as reference
 import numpy as np
 import pytest
-from moe_reference import B, D, E, K, T, config_of, context, eager_route, initial_state, inputs, matrix, route
+from moe_reference import D, E, K, T, config_of, context, eager_route, initial_state, inputs, matrix, route
 
 from moejax.config import UserError
 from moejax.moe.routing import ROUTERS, quantile
@@ -151,11 +151,7 @@ def test_all_experts_for_all_tokens_and_a_batch_of_padding_leave_the_state_alone
 
 def test_micro_batches_add_up_and_stacked_layers_move_one_by_one():
     given, state = inputs(12), {"beta_E": beta_of(13)}
-    everything = context(given.mask_T)
-    whole = route(CONFIG, given.router, state, given.x_TD, everything)
-    halves = [route(CONFIG, given.router, state, given.x_TD[part],
-                    context(given.mask_T[part], sequences=B // 2, totals=everything.totals))
-              for part in (slice(T // 2), slice(T // 2, T))]
+    whole, halves = reference.whole_and_halves(CONFIG, given, state)
     losses, statistics = jax.tree.map(jnp.add, *[(half.losses, half.statistics) for half in halves])
     np.testing.assert_allclose(losses["router_z"], whole.losses["router_z"], rtol=1e-6)
     np.testing.assert_array_equal(statistics["margin_EM"], whole.statistics["margin_EM"])

@@ -43,11 +43,7 @@ def formula(config, logits_TE, mask_T):
 @every_config
 def test_choices_weights_and_losses_equal_the_formulas(config):
     given = inputs(1)
-    out = route(config, given.router, {}, given.x_TD, context(given.mask_T))
-    logits_TE = reference.logits(given.x_TD, given.router["w_DE"])
-    count_TE, weight_TE = formula(config, logits_TE, given.mask_T)
-    np.testing.assert_array_equal(matrix(out.assignments)[0], count_TE)
-    np.testing.assert_allclose(matrix(out.assignments)[1], weight_TE, rtol=2e-6)
+    out, logits_TE, count_TE = reference.compare(config, given, formula, rtol=2e-6)
     np.testing.assert_allclose(out.losses["router_z"], reference.z_loss(logits_TE, given.mask_T), rtol=1e-6)
     assert (set(out.losses), out.statistics) == ({"router_z"}, {})
     assert ROUTERS["sinkhorn"].loss_weights(config) == {"router_z": 0.0}
@@ -167,16 +163,7 @@ def test_extreme_logits_give_finite_results_and_gradients_also_for_nothing_but_p
 
 
 def test_sequences_are_routed_and_losses_shared_alike_in_two_micro_batches():
-    given, config = inputs(11), CONFIGS[1]
-    totals = Totals(jnp.float32(given.mask_T.sum()), jnp.float32(B - 1))
-    whole = route(config, given.router, {}, given.x_TD, context(given.mask_T))
-    halves = [route(config, given.router, {}, given.x_TD[part],
-                    context(given.mask_T[part], sequences=B // 2, totals=totals))
-              for part in (slice(T // 2), slice(T // 2, T))]
-    np.testing.assert_array_equal(np.concatenate([half.assignments.expert_N for half in halves]),
-                                  whole.assignments.expert_N)
-    np.testing.assert_allclose(sum(half.losses["router_z"] for half in halves), whole.losses["router_z"], rtol=1e-6)
-    np.testing.assert_allclose(sum(half.entropy for half in halves), whole.entropy, rtol=1e-5)
+    reference.assert_halves_route_alike(CONFIGS[1], inputs(11))
 
 
 def test_one_expert_takes_all_and_a_bfloat16_model_routes_in_float32():

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import moe_reference as reference
 import numpy as np
 import pytest
-from moe_reference import B, D, E, K, T, config_of, context, eager_route, initial_state, inputs, matrix, route
+from moe_reference import D, E, K, T, config_of, context, eager_route, initial_state, inputs, matrix, route
 
 from moejax.config import UserError
 from moejax.moe.routing import ROUTERS
@@ -144,11 +144,7 @@ def test_the_gradient_is_that_of_the_scores_that_are_on():
 
 def test_micro_batches_add_up_and_a_batch_of_padding_is_no_step():
     given, state = inputs(12), state_of(13, steps=3.0)
-    everything = context(given.mask_T)
-    whole = route(CONFIG, given.router, state, given.x_TD, everything)
-    halves = [route(CONFIG, given.router, state, given.x_TD[part],
-                    context(given.mask_T[part], sequences=B // 2, totals=everything.totals))
-              for part in (slice(T // 2), slice(T // 2, T))]
+    whole, halves = reference.whole_and_halves(CONFIG, given, state)
     losses, statistics = jax.tree.map(jnp.add, *[(half.losses, half.statistics) for half in halves])
     np.testing.assert_allclose(losses["router_z"], whole.losses["router_z"], rtol=1e-6)
     np.testing.assert_array_equal(statistics["score_EM"], whole.statistics["score_EM"])

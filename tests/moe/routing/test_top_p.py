@@ -11,7 +11,6 @@ from moe_reference import B, E, K, T, config_of, context, eager_route, inputs, m
 
 from moejax.config import UserError
 from moejax.moe.routing import ROUTERS
-from moejax.moe.types import Totals
 
 CONFIGS = {
     "plain": config_of("top_p"),
@@ -63,12 +62,7 @@ def route_logits(config, logits_TE, mask_T=None, ids_T=None):
 @every_config
 def test_choices_weights_and_losses_equal_the_formulas(config):
     given = inputs(1)
-    out = route(config, given.router, {}, given.x_TD, context(given.mask_T))
-    logits_TE = reference.logits(given.x_TD, given.router["w_DE"])
-    count_TE, weight_TE = formula(config, logits_TE, given.mask_T)
-    got_count_TE, got_weight_TE = matrix(out.assignments)
-    np.testing.assert_array_equal(got_count_TE, count_TE)
-    np.testing.assert_allclose(got_weight_TE, weight_TE, rtol=1e-5)
+    out, logits_TE, count_TE = reference.compare(config, given, formula, rtol=1e-5)
     np.testing.assert_array_equal(out.statistics["assigned_E"], count_TE.sum(0))
     want = losses(config, logits_TE, count_TE, given.mask_T)
     assert set(want) == set(out.losses) == set(ROUTERS["top_p"].loss_weights(config))
@@ -165,18 +159,7 @@ def test_gradients_equal_finite_differences(name):
 def test_micro_batches_add_up(name):
     config, given = CONFIGS[name], inputs(4)
     assert ROUTERS["top_p"].needs_whole(config) == (config.balance_scope == "global")
-    totals = Totals(jnp.float32(given.mask_T.sum()), jnp.float32(given.mask_T.reshape(B, -1).any(1).sum()))
-
-    def told(w_DE, x_TD, mask_T, sequences, whole):
-        out = eager_route(config, {"w_DE": w_DE}, {}, x_TD, context(mask_T, sequences=sequences, totals=totals,
-                                                                   whole=whole))
-        return sum(out.losses.values()), (out.losses, out.entropy, out.statistics)
-
-    evaluate = jax.jit(jax.value_and_grad(told, has_aux=True), static_argnums=3)
-    big = evaluate(given.router["w_DE"], given.x_TD, given.mask_T, B, None)
-    halves = [evaluate(given.router["w_DE"], given.x_TD[part], given.mask_T[part], B // 2, big[0][1][2])
-              for part in (slice(T // 2), slice(T // 2, T))]
-    jax.tree.map(lambda a, b, c: np.testing.assert_allclose(b + c, a, rtol=1e-5, atol=1e-7), big, *halves)
+    reference.assert_halves_add_up(config, given)
 
 
 def test_what_cannot_work_is_refused():

@@ -58,12 +58,7 @@ def test_an_unknown_router_is_refused_with_the_nearest_name():
 @pytest.mark.parametrize("config", TOPK + EXPERT_CHOICE, ids=name)
 def test_choices_weights_losses_and_entropy_equal_the_formulas(config):
     given = inputs(1)
-    out = route(config, given.router, {}, given.x_TD, context(given.mask_T))
-    logits_TE = reference.logits(given.x_TD, given.router["w_DE"])
-    count_TE, weight_TE = formula(config, logits_TE, given.mask_T)
-    got_count_TE, got_weight_TE = matrix(out.assignments)
-    np.testing.assert_array_equal(got_count_TE, count_TE)
-    np.testing.assert_allclose(got_weight_TE, weight_TE, rtol=2e-6)
+    out, logits_TE, count_TE = reference.compare(config, given, formula, rtol=2e-6)
     np.testing.assert_allclose(out.losses["router_z"], reference.z_loss(logits_TE, given.mask_T), rtol=1e-6)
     probs_TE = reference.scores(logits_TE, config.score)
     probs_TE = probs_TE / probs_TE.sum(1, keepdims=True)
