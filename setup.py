@@ -22,6 +22,7 @@ setup(
         "absl-py",
         "array_record",
         "chex",
+        "einops",
         "flax>=0.12.8",
         "grain>=0.2.18",
         "importlib_resources",  # tensorflow-datasets needs it for packaged builders without saying so

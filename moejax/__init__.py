@@ -3,6 +3,9 @@
     model, params = moejax.load("runs/tiny")
     moejax.logits(model, params, tokens)
     moejax.generate(model, params, tokens, max_new_tokens=32)
+
+    model, params = moejax.from_hf("path/to/checkpoint")
+    moejax.to_hf(model, params, "path/out")
 """
 
 from importlib import import_module
@@ -10,8 +13,8 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_PUBLIC = {"generate": "moejax.generation.generate", "load": "moejax.evaluation.load",
-           "logits": "moejax.generation.score"}
+_PUBLIC = {"from_hf": "moejax.hf.load", "generate": "moejax.generation.generate", "load": "moejax.evaluation.load",
+           "logits": "moejax.generation.score", "to_hf": "moejax.hf.save"}
 
 __all__ = ["__version__", *_PUBLIC]
 

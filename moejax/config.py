@@ -56,6 +56,8 @@ class ModelConfig:
     qk_norm: bool = key(False, "RMSNorm on each query and key head before the rotation")
     tie_embeddings: bool = key(False, "use the embedding as the output head")
     dropout: float = key(0.0, "dropout rate on the output of each attention and feed-forward", low=0, high=1)
+    architecture: Any = key(None, "where the model departs from the plain block, options by name; python -m "
+                            "moejax.architecture lists them")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +66,8 @@ class MoEConfig:
 
     every: int = key(1, "every n-th block is sparse; 0 makes the model dense", low=0)
     first_dense: int = key(0, "number of leading blocks that stay dense", low=0)
+    sparse_blocks: tuple[int, ...] | None = key(None, "numbers of the sparse blocks, from 0; None goes by every and "
+                                                "first_dense", low=0)
     router: str = key("topk", "a name in moejax.moe.routing.ROUTERS; python -m moejax.moe.routing lists them")
     num_experts: int = key(8, "experts in a sparse layer (E)", low=1)
     experts_per_token: int = routed_key(2, "experts that a token reaches (K); the mean where their number varies", low=1)
@@ -71,6 +75,8 @@ class MoEConfig:
     latent_divisor: int = routed_key(1, "experts work on vectors of width D over this, between two projections that they "
                                      "share (LatentMoE); 1 has none", low=1)
     shared_experts: int = routed_key(0, "experts that every token passes, in addition to the K routed ones", low=0)
+    shared_ffn: int | None = key(None, "hidden width of the shared experts together; None takes shared_experts times ffn",
+                                 low=1)
     shared_gate: str = routed_key("none", "weight of the shared experts: 1, a sigmoid of the token (Qwen2-MoE), or a "
                                   "softmax between them and the routed ones (PR-MoE)",
                                   choices=("none", "sigmoid", "softmax"))
@@ -155,6 +161,7 @@ class TrainConfig:
     """The loop, its precision and its loss."""
 
     steps: int = key(1000, "optimizer steps in all", low=1, free=True)
+    init_from: str | None = key(None, "workdir whose newest checkpoint gives the parameters to start from; None draws them")
     log_every: int = key(10, "steps between records", low=1, free=True)
     eval_every: int = key(200, "steps between evaluations; the last step always evaluates", low=1, free=True)
     eval_batches: int | None = key(None, "batches of an evaluation; None takes the whole held-out split", low=1,
@@ -301,12 +308,19 @@ def _typed(field: dataclasses.Field, value: Any, where: str) -> Any:
     wanted = typing.get_args(field.type)[0] if optional else field.type
     if value is None and optional:
         return None
+    if typing.get_origin(wanted) is tuple:
+        check(isinstance(value, (tuple, list)), f"{where}={value!r} must be a list")
+        return tuple(_typed_scalar(typing.get_args(wanted)[0], False, field.metadata, item, where) for item in value)
+    return _typed_scalar(wanted, optional, field.metadata, value, where)
+
+
+def _typed_scalar(wanted: type, optional: bool, meta: Mapping[str, Any], value: Any, where: str) -> Any:
+    """A value that is no group and no list, as `_typed` returns it."""
     if wanted is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     names = f"{wanted.__name__} or None" if optional else wanted.__name__
     check(type(value) is wanted, f"{where}={value!r} must be of type {names}")
     check(wanted is not float or math.isfinite(value), f"{where}={value!r} must be finite")
-    meta = field.metadata
     check(not meta["choices"] or value in meta["choices"],
           f"{where}={value!r} must be one of {', '.join(map(str, meta['choices']))}"
           + (nearest(value, meta["choices"]) if isinstance(value, str) else ""))
@@ -328,14 +342,29 @@ def changed(old: Config, new: Config) -> tuple[list[str], list[str]]:
     return [name for name in differing if name not in free], free
 
 
+def options_table(kind: type, prefix: str) -> str:
+    """The Markdown table of every key of a dataclass of options, groups within it included."""
+    def flat(kind: type, prefix: str) -> dict[str, dataclasses.Field]:
+        found = {}
+        for field in dataclasses.fields(kind):
+            name = f"{prefix}.{field.name}"
+            found |= flat(field.type, name) if dataclasses.is_dataclass(field.type) else {name: field}
+        return found
+    return _rows(flat(kind, prefix))
+
+
 def table() -> str:
     """The Markdown table of every key, default and meaning."""
+    return _rows({f"config.{name}": field for name, field in fields().items()})
+
+
+def _rows(found: Mapping[str, dataclasses.Field]) -> str:
     rows = ["| key | default | meaning |", "| --- | --- | --- |"]
-    for name, field in fields().items():
+    for name, field in found.items():
         choices = field.metadata["choices"]
         listed = f" ({', '.join(map(str, choices))})" if len(choices) > 1 else ""
         fallback = f" ({field.metadata['fallback']})" if "fallback" in field.metadata else ""
-        rows.append(f"| `config.{name}` | `{field.default}`{fallback} | {field.metadata['help']}{listed} |")
+        rows.append(f"| `{name}` | `{field.default}`{fallback} | {field.metadata['help']}{listed} |")
     return "\n".join(rows)
 
 

@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import json
 import os
 import re
 import runpy
@@ -20,14 +21,15 @@ from moejax.config import Config, UserError, check, nearest
 
 MODES = ("train", "eval", "generate", "benchmark", "shardings")
 CONFIG_PREFIX = "config."
-OPTIONS_PREFIX = "config.moe.options."
+OPTIONS_PREFIXES = ("config.moe.options.", "config.model.architecture.")
 INTERRUPTED = 130
 """The exit status after Ctrl-C, as shells have it."""
 
 HELP = """\
 usage: python -m moejax.main --config=FILE[:ARGUMENT] --workdir=DIR [--mode=MODE] [--config.KEY=VALUE ...] [FLAG ...]
 
-FILE is Python with a function get_config(), to which ARGUMENT is given. It is run, so only use files that you trust.
+FILE is Python with a function get_config(), to which ARGUMENT is given. It is run, so only use files that you trust. Or it
+is the config.json of a workdir.
 --config.KEY=VALUE overrides a key of the config. All keys, with defaults and meaning: python -m moejax.config
 --config.moe.router=NAME takes another router, --config.moe.options.NAME=VALUE sets one of its own options: python -m
 moejax.moe.routing lists the routers, python -m moejax.moe.routing NAME what one of them sets
@@ -60,9 +62,9 @@ class BooleanOrAuto(flags.BooleanParser):
 
 
 def define_flags(options: Sequence[str] = ()) -> flags.FlagValues:
-    """A fresh set of all flags: those below, one for each key of the config, and the router options of these names.
+    """A fresh set of all flags: those below, one for each key of the config, and the options of these names.
 
-    Which options there are only the router knows; it checks them when the config is resolved.
+    Which options there are the router and the architecture know; they are checked when the config is resolved.
     """
     values = flags.FlagValues()
     flags.DEFINE_boolean("help", False, "print this and exit", short_name="h", flag_values=values)
@@ -90,14 +92,14 @@ def define_flags(options: Sequence[str] = ()) -> flags.FlagValues:
         if field.type is bool and field.default == config_lib.AUTO:
             values[CONFIG_PREFIX + name].parser = BooleanOrAuto()
     for name in options:
-        flags.DEFINE_string(name, None, "an option of the router", flag_values=values)
+        flags.DEFINE_string(name, None, "an option of the router or of the architecture", flag_values=values)
     return values
 
 
 def parse_flags(argv: Sequence[str]) -> flags.FlagValues:
     """absl's parser, with every mistake turned into a `UserError`."""
     given = (argument.lstrip("-").partition("=")[0] for argument in argv)
-    values = define_flags(sorted({name for name in given if name.startswith(OPTIONS_PREFIX)}))
+    values = define_flags(sorted({name for name in given if name.startswith(OPTIONS_PREFIXES)}))
     try:
         rest = values(list(argv))
     except flags.UnrecognizedFlagError as error:
@@ -154,7 +156,7 @@ def _literal(kind: Any, value: Any) -> Any:
 
 
 def load_config_file(spec: str) -> dict[str, Any]:
-    """Runs FILE[:ARGUMENT] and returns what its get_config() gives, as nested dicts.
+    """Runs FILE[:ARGUMENT] and returns what its get_config() gives, as nested dicts; of a .json file, what it holds.
 
     Raises:
       UserError: no such file, or whatever goes wrong in it, with file and line.
@@ -162,6 +164,14 @@ def load_config_file(spec: str) -> dict[str, Any]:
     name, colon, argument = os.path.expanduser(spec).partition(":")
     check(os.path.isfile(name), f"--config={spec}: there is no file {name!r}; give the path of a Python file, e.g. "
           "experiments/tiny.py")
+    if name.endswith(".json"):
+        try:
+            tree = json.loads(Path(name).read_bytes())
+        except (OSError, ValueError) as error:
+            raise UserError(f"{name}: not valid JSON ({error})") from None
+        check(isinstance(tree, dict) and not colon,
+              f"{name}: must hold an object, as the config.json of a workdir does, and takes no argument")
+        return tree
     arguments = [argument] if colon else []
     try:
         get_config = runpy.run_path(name, run_name="moejax_config").get("get_config")

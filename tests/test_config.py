@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moejax import config as config_lib
+from moejax.architecture import Architecture
 from moejax.config import Config, UserError, build, default
 from moejax.models import transformer
 
@@ -36,6 +37,13 @@ def test_default_builds_to_the_defaults_and_json_round_trips():
     ({"moe": {"experts_per_token": 9}}, "more than config.moe.num_experts=8"),
     ({"moe": {"experts_per_token": 1}}, "no gradient; set config.moe.renormalize=False"),
     ({"moe": {"balance_weight": "atuo"}}, "config.moe.balance_weight='atuo' must be of type float"),
+    ({"model": {"architecture": {"attention": ["wide"]}}}, r"architecture\.attention='wide' must be one of full"),
+    ({"model": {"architecture": {"attention": "full"}}}, r"architecture\.attention='full' must be a list"),
+    ({"model": {"architecture": {"attention": ["sliding"]}}}, r"set config\.model\.architecture\.window"),
+    ({"model": {"architecture": {"rope": {"scaling": "yarn"}}}}, r"needs config\.model\.architecture\.rope\.original_"),
+    ({"model": {"architecture": {"windw": 3}}}, r"unknown config key config\.model\.architecture\.windw \(did you mean w"),
+    ({"model": {"architecture": {"latent": {"rank": 8}}}}, "latent needs an even rotary_dim"),
+    ({"moe": {"sparse_blocks": [0, 4]}}, r"sparse_blocks=\(0, 4\) names blocks beyond config.model.layers=4"),
     ({"moe": {"options": 3}}, "must be None or a dict of options by name"),
     ({"moe": {"options": {"grops": 2}}}, r"unknown config key config\.moe\.options\.grops \(did you mean groups\?\)"),
     ({"moe": {"options": {"groups": 3}}}, "config.moe.options.groups=3 does not divide config.moe.num_experts=8"),
@@ -70,3 +78,5 @@ def test_changed_keys_are_told_apart():
 def test_the_page_of_keys_is_up_to_date():
     page = pathlib.Path(__file__).parent.parent / "docs" / "config.md"
     assert config_lib.table() in page.read_text(), "run: python -m moejax.config, and paste the table into docs/config.md"
+    options = config_lib.options_table(Architecture, "config.model.architecture")
+    assert options in page.read_text(), "run: python -m moejax.architecture, and paste the table into docs/config.md"

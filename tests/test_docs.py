@@ -4,6 +4,7 @@ import json
 import pathlib
 import re
 import shlex
+import shutil
 
 import pytest
 import test_routers as laws
@@ -49,7 +50,7 @@ def test_commands_name_what_exists():
             else:
                 assert name in main.define_flags(), (page, argument)
             if name == "config":
-                assert (ROOT / value).is_file(), (page, argument)
+                assert (ROOT / value).is_file() or re.fullmatch(r"runs/\w+/config\.json", value), (page, argument)
             if name == "mode":
                 assert value in main.MODES, (page, argument)
 
@@ -85,8 +86,9 @@ def test_the_example_of_a_new_router_keeps_the_laws_of_all_routers(example):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A folder that holds runs/tiny, trained for two steps."""
+    """A folder that holds runs/tiny, trained for two steps, and an open model in path/to/checkpoint."""
     folder = tmp_path_factory.mktemp("docs")
+    shutil.copytree(ROOT / "tests" / "hf" / "golden" / "mixtral", folder / "path" / "to" / "checkpoint")
     tree = config_lib.default()
     tree.model.update(dict(vocab_size=257, layers=1, embed=16, heads=2, kv_heads=1, head_dim=8, ffn=16))
     tree.data.update(dict(source=str(folder / "*.jsonl"), tokenizer="bytes", length=16, batch_size=8, eval_fraction=0.3))

@@ -32,6 +32,6 @@ def get_config(form: str = "full"):
     c.optimizer.learning_rate = 1e-2
     c.optimizer.warmup_steps = 10 if quick else 50
     c.train.loss_chunk = None
-    c.train.steps = 40 if quick else 400
+    c.train.steps = 40 if quick else 300
     c.train.eval_batches = 8 if quick else 64
     return c

@@ -1,47 +1,66 @@
-"""Token embedding and output head."""
+"""Token and position embedding, and output head."""
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
 from moejax import sharding
+from moejax.config import ModelConfig
 
 
 class Embedding(nn.Module):
-    """The embedding table and the head that gives logits; one table for both if `tied`.
+    """The embedding table and the head that gives logits; one table for both if `tie_embeddings`.
 
     Attributes:
-      vocab_size: V.
-      width: D.
-      tied: use the embedding as the head.
+      model: sizes and architecture.
       dtype: compute type.
     """
 
-    vocab_size: int
-    width: int
-    tied: bool
+    model: ModelConfig
     dtype: jnp.dtype
 
     def setup(self):
         """Declares the parameters."""
+        model, design, width = self.model, self.model.architecture, self.model.embed
         self.table_VD = self.param("table", nn.with_logical_partitioning(
-            nn.initializers.normal(self.width**-0.5), ("vocab", "embed")), (self.vocab_size, self.width))
-        if not self.tied:
+            nn.initializers.normal(width**-0.5), ("vocab", "embed")), (model.vocab_size, width))
+        if design.positions == "learned":
+            self.positions_LD = self.param("positions", nn.with_logical_partitioning(
+                nn.initializers.normal(width**-0.5), (None, "embed")), (model.max_length, width))
+        if not model.tie_embeddings:
             # A small head starts the loss at ln(V): it predicts every token equally.
             self.head_DV = self.param("head", nn.with_logical_partitioning(
-                nn.initializers.normal(1 / self.width), ("embed", "vocab")), (self.width, self.vocab_size))
+                nn.initializers.normal(1 / width), ("embed", "vocab")), (width, model.vocab_size))
+        if design.head_bias:
+            self.bias_V = self.param("head_bias", nn.with_logical_partitioning(nn.initializers.zeros, ("vocab",)),
+                                     (model.vocab_size,))
 
-    def __call__(self, tokens_BL: Array) -> Array:
+    def __call__(self, tokens_BL: Array, positions_BL: Array) -> Array:
         """Vectors of the tokens, [B, L, D]."""
         # Gathered over the data axis first, as FSDP does: else the partitioner replicates the activations.
-        table_VD = sharding.constrain(self.table_VD, "vocab", None)
-        return sharding.constrain(table_VD[tokens_BL].astype(self.dtype), "batch", "length", None)
+        x_BLD = sharding.constrain(self.table_VD, "vocab", None)[tokens_BL].astype(self.dtype)
+        design = self.model.architecture
+        if design.embedding_multiplier != 1:
+            x_BLD = x_BLD * design.embedding_multiplier
+        if design.positions == "learned":
+            x_BLD += sharding.constrain(self.positions_LD, None, None)[positions_BL].astype(self.dtype)
+        return sharding.constrain(x_BLD, "batch", "length", None)
+
+    def before_head(self, x_BLD: Array) -> Array:
+        """What the head's matrix multiplies: x, scaled, and with a 1 for the bias where there is one."""
+        design = self.model.architecture
+        if design.logit_multiplier != 1:
+            x_BLD = x_BLD * design.logit_multiplier
+        if design.head_bias:
+            x_BLD = jnp.concatenate([x_BLD, jnp.ones_like(x_BLD[..., :1])], axis=-1)
+        return x_BLD
 
     def head(self) -> Array:
-        """What turns activations into scores, [D, V]."""
-        return self.table_VD.T if self.tied else self.head_DV
+        """What turns these activations into scores, [D, V], with a bias [D + 1, V]."""
+        head_DV = self.table_VD.T if self.model.tie_embeddings else self.head_DV
+        return jnp.concatenate([head_DV, self.bias_V[None]]) if self.model.architecture.head_bias else head_DV
 
     def logits(self, x_BLD: Array) -> Array:
-        """Scores over the vocabulary, float32 [B, L, V]."""
+        """Scores over the vocabulary of what `before_head` returns, float32 [B, L, V]."""
         logits_BLV = jnp.einsum("bld,dv->blv", x_BLD, self.head().astype(self.dtype), preferred_element_type=jnp.float32)
         return sharding.constrain(logits_BLV, "batch", "length", "vocab")

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from moejax.config import MoEConfig
-from moejax.layers.attention import Cache
+from moejax.layers.attention import Cache, Sight
 from moejax.moe import routing
 from moejax.moe.layer import router_parameters
 from moejax.moe.types import ExpertLoad, LayerRecord, RoutingContext
@@ -27,8 +27,7 @@ class DepthRouted(nn.Module):
 
     @nn.compact
     def __call__(self, x_BLD: Array, carry_TC: Array | None, state: Mapping[str, Array], whole: Any, cache: Cache | None,
-                 rotary: tuple[Array, Array], visible_BLS: Array, at: Array | None, context: RoutingContext
-                 ) -> tuple[Array, Array | None, LayerRecord, Any]:
+                 sight: Sight, at: Array | None, context: RoutingContext) -> tuple[Array, Array | None, LayerRecord, Any]:
         """Like a block: returns [B, L, D], what the next router sees, the record and the new cache."""
         batch, length, width = x_BLD.shape
         routed = routing.get_router(self.moe.router).route(
@@ -41,14 +40,19 @@ class DepthRouted(nn.Module):
             return jax.vmap(lambda a, place: a[place])(a_BL, place_BC)
 
         if cache is None:
-            seen_BCS = jax.vmap(lambda a, place: a[place][:, place])(visible_BLS, place_BC) & take(on_BL)[:, None]
+            def seen(visible_BLS: Array) -> Array:
+                return jax.vmap(lambda a, place: a[place][:, place])(visible_BLS, place_BC) & take(on_BL)[:, None]
         else:
             cache = cache.replace(on_BS=jax.lax.dynamic_update_slice_in_dim(cache.on_BS, on_BL, at, axis=1))
             place_BC = jnp.broadcast_to(jnp.arange(length), (batch, length))  # slots keep their order in the cache
-            seen_BCS = visible_BLS & cache.on_BS[:, None]
+            on_BS = cache.on_BS
+
+            def seen(visible_BLS: Array) -> Array:
+                return visible_BLS & on_BS[:, None]
         x_BCD = take(x_BLD)
         y_BCD, carry_TC, _, cache = self.block(name="block")(
-            x_BCD, carry_TC, {}, None, cache, tuple(map(take, rotary)), seen_BCS, at, context)
+            x_BCD, carry_TC, {}, None, cache, jax.tree.map(take, sight.replace(visible={})).replace(
+                visible=jax.tree.map(seen, sight.visible)), at, context)
         change_BCD = (take(weight_BL) * take(on_BL))[..., None].astype(x_BLD.dtype) * (y_BCD - x_BCD)
         y_BLD = jax.vmap(lambda x, place, change: x.at[place].add(change))(x_BLD, place_BC, change_BCD)
         count_E = jnp.sum(on_BL, dtype=jnp.int32)[None]

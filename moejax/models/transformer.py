@@ -12,23 +12,17 @@ from jax import Array
 from jax.sharding import PartitionSpec
 
 from moejax import axes, sharding
-from moejax.config import Config, ModelConfig, MoEConfig, check
-from moejax.layers.attention import Attention, Cache
+from moejax.architecture import Architecture
+from moejax.config import Config, ModelConfig, MoEConfig, build_group, check
+from moejax.layers.attention import Cache
 from moejax.layers.embedding import Embedding
-from moejax.layers.mlp import FeedForward, dropout
-from moejax.layers.norm import RMSNorm
-from moejax.layers.rotary import angles
-from moejax.models.depths import DepthRouted
+from moejax.layers.norm import make_norm
+from moejax.models.blocks import Run, passes_blocks
+from moejax.models.sight import look
 from moejax.models.stacks import Stack, plan_stacks
 from moejax.moe import routing
-from moejax.moe.layer import DECISIONS, MixtureOfExperts
+from moejax.moe.layer import DECISIONS
 from moejax.moe.types import LayerRecord, RoutingContext, Totals
-
-REMAT_POLICIES = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
-"""What the backward pass may keep from a block, by the names of config.train.remat."""
 
 
 @struct.dataclass
@@ -38,7 +32,7 @@ class ModelOutput:
     What is not used costs nothing under `jax.jit`.
 
     Attributes:
-      x_BLD: the last activations, of which the head makes the logits.
+      x_BLD: the last activations, as the head takes them.
       logits_BLV: float32.
       records: per stack and sparse block, a `LayerRecord` with a leading axis over the stack's repeats.
       cache: like the one given, filled; or None.
@@ -48,93 +42,6 @@ class ModelOutput:
     logits_BLV: Array
     records: dict[str, dict[str, LayerRecord]]
     cache: Any
-
-
-class Block(nn.Module):
-    """Pre-norm attention and a feed-forward layer, each added to the residual stream.
-
-    Attributes:
-      model, moe: settings.
-      sparse: whether the feed-forward layer is a mixture of experts.
-      dtype: compute type.
-    """
-
-    model: ModelConfig
-    moe: MoEConfig
-    sparse: bool
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x_BLD: Array, carry_TC: Array | None, state: Any, whole: Any, cache: Cache | None,
-                 rotary: tuple[Array, Array], visible_BLS: Array, at: Array | None, context: RoutingContext
-                 ) -> tuple[Array, Array | None, LayerRecord | None, Any]:
-        """Returns [B, L, D], what the next router sees, the record of a sparse layer (else None) and the new cache."""
-        model, moe = self.model, self.moe
-        out_scale = (2 * model.layers)**-0.5  # keeps the residual stream's variance independent of depth
-        drop_key = self.make_rng("dropout") if context.train and model.dropout > 0 else None
-        attention_key, feed_forward_key = (None, None) if drop_key is None else jax.random.split(drop_key)
-
-        y_BLD, cache = Attention(
-            model.heads, model.kv_heads, model.head_dim, model.norm_eps if model.qk_norm else None, out_scale, self.dtype,
-            name="attention")(RMSNorm(model.norm_eps, name="attention_norm")(x_BLD), rotary, visible_BLS, cache, at)
-        x_BLD = x_BLD + dropout(y_BLD, model.dropout, attention_key)
-
-        h_BLD = RMSNorm(model.norm_eps, name="feed_forward_norm")(x_BLD)
-        if not self.sparse:
-            y_BLD, record = FeedForward(model.ffn, out_scale, self.dtype, name="feed_forward")(h_BLD), None
-        else:
-            hidden = moe.ffn or model.ffn
-            y_BLD, record, carry_TC = MixtureOfExperts(moe, hidden, out_scale, self.dtype, name="moe")(
-                h_BLD, state, context.replace(whole=whole, carry_TC=carry_TC))
-            if moe.shared_experts:
-                shared_BLD = FeedForward(moe.shared_experts * hidden, out_scale, self.dtype, name="shared")(h_BLD)
-                y_BLD = with_shared(moe.shared_gate, y_BLD, shared_BLD, self.shared_logits(h_BLD))
-        return x_BLD + dropout(y_BLD, model.dropout, feed_forward_key), carry_TC, record, cache
-
-    def shared_logits(self, h_BLD: Array) -> Array | None:
-        """Scores of the shared experts (sigmoid), or of them and the routed ones (softmax), for each token, float32."""
-        count = {"none": 0, "sigmoid": 1, "softmax": 2}[self.moe.shared_gate]
-        if count == 0:
-            return None
-        w_DC = self.param("shared_gate", nn.with_logical_partitioning(
-            nn.initializers.normal(self.model.embed**-0.5), ("embed", "router")), (self.model.embed, count))
-        return h_BLD.astype(jnp.float32) @ w_DC
-
-
-def passes_blocks(moe: MoEConfig) -> bool:
-    """Whether the router lets tokens pass whole blocks, the sparse ones, rather than sends them to experts in these."""
-    return routing.get_router(moe.router).level == "block"
-
-
-class Run(nn.Module):
-    """One repeat of a stack: its blocks in order, with the state, loads and caches of this repeat."""
-
-    model: ModelConfig
-    moe: MoEConfig
-    sparse: tuple[bool, ...]
-    dtype: Any
-    remat: str
-
-    @nn.compact
-    def __call__(self, stream: tuple[Array, Array | None], per_layer: tuple[dict, dict, dict], *shared: Any
-                 ) -> tuple[tuple[Array, Array | None], tuple[dict, dict]]:
-        """Takes and returns [B, L, D] and what routers hand on; and returns, by block name, records and caches."""
-        (x_BLD, carry_TC), (states, wholes, caches) = stream, per_layer
-        records, new_caches = {}, {}
-        for j, sparse in enumerate(self.sparse):
-            name = f"block_{j}"
-            kind, settings = Block, (self.model, self.moe, sparse, self.dtype)
-            if sparse and passes_blocks(self.moe):
-                kind, settings = DepthRouted, (self.moe, partial(Block, self.model, self.moe, False, self.dtype))
-            if self.remat != "none":
-                kind = nn.remat(kind, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
-            x_BLD, carry_TC, record, cache = kind(*settings, name=name)(
-                x_BLD, carry_TC, states.get(name, {}), wholes.get(name), caches.get(name), *shared)
-            if record is not None:
-                records[name] = record
-            if cache is not None:
-                new_caches[name] = cache
-        return (x_BLD, carry_TC), (records, new_caches)
 
 
 class Transformer(nn.Module):
@@ -176,7 +83,7 @@ class Transformer(nn.Module):
           `ModelOutput`.
         """
         model = self.model
-        embedding = Embedding(model.vocab_size, model.embed, model.tie_embeddings, self.dtype, name="embedding")
+        embedding = Embedding(model, self.dtype, name="embedding")
         mask_BL = segments_BL > 0
         if totals is None:
             totals = count_totals(mask_BL)
@@ -184,13 +91,12 @@ class Transformer(nn.Module):
         shards = 1 if mesh is None else sharding.size(mesh, axes.BATCH_AXES)
         context = RoutingContext(tokens_BL.reshape(-1), mask_BL.reshape(-1), totals, whole=None, carry_TC=None, key=None,
                                  sequences=tokens_BL.shape[0], shards=shards, train=train)
-        visible_BLS = visibility(segments_BL, cached_segments_BS, at)
-        shared = (angles(positions_BL, model.head_dim, model.rope_base), visible_BLS, at, context)
+        shared = (look(model, positions_BL, segments_BL, cached_segments_BS, at), at, context)
 
         carried = routing.get_router(self.moe.router).carry(self.moe) if self.moe.every else 0
-        stream = embedding(tokens_BL), jnp.zeros((tokens_BL.size, carried)) if carried else None
+        stream = embedding(tokens_BL, positions_BL), jnp.zeros((tokens_BL.size, carried)) if carried else None
         records, new_cache = {}, {}
-        for i, stack in enumerate(plan_stacks(model.layers, self.moe)):
+        for i, stack in enumerate(plan_stacks(model, self.moe)):
             name = f"stack_{i}"
             per_layer = (router_state.get(name, {}), (wholes or {}).get(name, {}), (cache or {}).get(name, {}))
             if self.scan or self.is_initializing():
@@ -199,14 +105,14 @@ class Transformer(nn.Module):
                     length=stack.repeats, in_axes=(0, *(nn.broadcast,) * len(shared)),
                     metadata_params={nn.PARTITION_NAME: "layers"})
                 stream, (stack_records, stack_cache) = run(
-                    model, self.moe, stack.sparse, self.dtype, self.remat, name=name)(stream, per_layer, *shared)
+                    model, self.moe, stack.kinds, self.dtype, self.remat, name=name)(stream, per_layer, *shared)
             else:
                 stream, (stack_records, stack_cache) = self.one_by_one(name, stack, stream, per_layer, *shared)
             if stack_records:
                 records[name] = stack_records
             if stack_cache:
                 new_cache[name] = stack_cache
-        x_BLD = RMSNorm(model.norm_eps, name="final_norm")(stream[0])
+        x_BLD = embedding.before_head(make_norm(model.architecture.norm, model.norm_eps, "final_norm")(stream[0]))
         return ModelOutput(x_BLD, embedding.logits(x_BLD), records, new_cache or None)
 
     def one_by_one(self, name: str, stack: Stack, stream: tuple[Array, Array | None], per_layer: tuple[Any, Any, Any],
@@ -216,21 +122,11 @@ class Transformer(nn.Module):
         records, caches = [], []
         for params_of, *own in zip(params, *rest, strict=True):
             noise = {"dropout": self.make_rng("dropout")} if self.has_rng("dropout") else {}
-            stream, (record, cache) = Run(self.model, self.moe, stack.sparse, self.dtype, self.remat, parent=None).apply(
+            stream, (record, cache) = Run(self.model, self.moe, stack.kinds, self.dtype, self.remat, parent=None).apply(
                 {"params": params_of}, stream, tuple(own), *shared, rngs=noise)
             records.append(record)
             caches += [cache] if cache else []
         return stream, (jax.tree.map(lambda *layers: jnp.stack(layers), *records), tuple(caches))
-
-
-def with_shared(gate: str, routed_BLD: Array, shared_BLD: Array, logits_BLC: Array | None) -> Array:
-    """Adds the shared experts' output to the routed ones': as it is, or weighted; see `config.moe.shared_gate`."""
-    if gate == "none":
-        return routed_BLD + shared_BLD
-    if gate == "sigmoid":
-        return routed_BLD + jax.nn.sigmoid(logits_BLC).astype(shared_BLD.dtype) * shared_BLD
-    share_BL2 = jax.nn.softmax(logits_BLC).astype(shared_BLD.dtype)
-    return share_BL2[..., :1] * routed_BLD + share_BL2[..., 1:] * shared_BLD
 
 
 def resolve(config: Config) -> Config:
@@ -240,7 +136,8 @@ def resolve(config: Config) -> Config:
       UserError: an unknown router, what its rule cannot do, or a router that looks at later tokens without leave to do so.
     """
     moe = routing.resolve(config.moe)
-    config = dataclasses.replace(config, moe=moe)
+    config = dataclasses.replace(config, moe=moe, model=resolve_model(config.model))
+    plan_stacks(config.model, moe)  # which raises on blocks that there are not
     if moe.every:
         reason = routing.leak(moe)
         check(reason is None or moe.allow_noncausal_routing,
@@ -252,6 +149,25 @@ def resolve(config: Config) -> Config:
               "config.moe.routing_group=global decides over the whole batch and cannot be split into "
               f"config.train.microbatches={config.train.microbatches}; use routing_group=sequence or one micro-batch")
     return config
+
+
+def resolve_model(model: ModelConfig) -> ModelConfig:
+    """The settings with a typed `Architecture`. Raises `UserError` on unknown options and on what cannot be together."""
+    given = model.architecture
+    if isinstance(given, Architecture):
+        return model
+    design = build_group(Architecture, given or {}, "config.model.architecture")
+    where, latent = "config.model.architecture", design.latent
+    check(len(design.attention) > 0, f"{where}.attention must name at least one kind")
+    check(design.window > 0 or not {"sliding", "chunked"} & set(design.attention),
+          f"{where}.attention is {' and '.join(design.attention)}; set {where}.window to how many tokens they see")
+    check(design.rope.scaling not in ("llama3", "yarn") or design.rope.original_length > 0,
+          f"{where}.rope.scaling={design.rope.scaling} needs {where}.rope.original_length")
+    check(not latent.rank or (0 < latent.rotary_dim < model.head_dim and latent.rotary_dim % 2 == 0 and latent.value_dim > 0
+                              and model.kv_heads == model.heads),
+          f"{where}.latent needs an even rotary_dim below config.model.head_dim={model.head_dim}, a value_dim, and "
+          "config.model.kv_heads=config.model.heads")
+    return dataclasses.replace(model, architecture=design)
 
 
 def build(config: Config) -> Transformer:
@@ -276,7 +192,7 @@ def split_layers(model: Transformer, params: Mapping[str, Any]) -> dict[str, Any
 
     A loop around such a model reads the matrices where they lie, while it would cut a stack apart in every turn.
     """
-    repeats = {f"stack_{i}": stack.repeats for i, stack in enumerate(plan_stacks(model.model.layers, model.moe))}
+    repeats = {f"stack_{i}": stack.repeats for i, stack in enumerate(plan_stacks(model.model, model.moe))}
     return {name: by_layer(tree, repeats[name]) if name in repeats else tree for name, tree in params.items()}
 
 
@@ -302,16 +218,7 @@ def boxed_params(model: Transformer, key: Array) -> Any:
 
 def head(model: Transformer, params: Mapping[str, Any]) -> Array:
     """The matrix that turns the last activations into logits, float32 [D, V]."""
-    embedding = Embedding(model.model.vocab_size, model.model.embed, model.model.tie_embeddings, model.dtype)
-    return embedding.apply({"params": params["embedding"]}, method=Embedding.head)
-
-
-def visibility(segments_BL: Array, cached_segments_BS: Array | None, at: Array | None) -> Array:
-    """Which slots each token sees: those of its own segment up to itself. Bool [B, L, S]."""
-    keys_BS = segments_BL if cached_segments_BS is None else cached_segments_BS
-    slots_L = jnp.arange(segments_BL.shape[1]) + (0 if at is None else at)
-    same_BLS = segments_BL[:, :, None] == keys_BS[:, None, :]
-    return same_BLS & (slots_L[:, None] >= jnp.arange(keys_BS.shape[1]))
+    return Embedding(model.model, model.dtype).apply({"params": params["embedding"]}, method=Embedding.head)
 
 
 def count_totals(mask_BL: Array) -> Totals:
@@ -325,7 +232,7 @@ def initial_router_state(model: ModelConfig, moe: MoEConfig) -> dict[str, dict[s
         return {name: jnp.broadcast_to(value, (repeats, *value.shape))
                 for name, value in routing.get_router(moe.router).initial_state(moe, model.vocab_size).items()}
     stacks = {f"stack_{i}": {f"block_{j}": stacked(stack.repeats) for j, sparse in enumerate(stack.sparse) if sparse}
-              for i, stack in enumerate(plan_stacks(model.layers, moe))}
+              for i, stack in enumerate(plan_stacks(model, moe))}
     return {name: blocks for name, blocks in stacks.items() if blocks}
 
 
@@ -350,10 +257,13 @@ def statistics_of(records: Mapping[str, Any]) -> dict[str, dict[str, dict[str, A
 def empty_cache(model: ModelConfig, moe: MoEConfig, batch: int, slots: int, dtype: Any) -> dict[str, dict[str, Cache]]:
     """A key-value cache for `slots` tokens a row."""
     def stacked(repeats: int, sparse: bool) -> Cache:
-        zeros = jnp.zeros((repeats, batch, slots, model.kv_heads, model.head_dim), dtype)
-        return Cache(zeros, zeros, jnp.zeros((repeats, batch, slots), bool) if sparse and passes_blocks(moe) else None)
+        latent = model.architecture.latent
+        k_GH, v_GH = ((1, latent.rank + latent.rotary_dim), (1, latent.rank)) if latent.rank else (
+            ((model.kv_heads, model.head_dim),) * 2)
+        keys, values = (jnp.zeros((repeats, batch, slots, *shape), dtype) for shape in (k_GH, v_GH))
+        return Cache(keys, values, jnp.zeros((repeats, batch, slots), bool) if sparse and passes_blocks(moe) else None)
     return {f"stack_{i}": {f"block_{j}": stacked(stack.repeats, sparse) for j, sparse in enumerate(stack.sparse)}
-            for i, stack in enumerate(plan_stacks(model.layers, moe))}
+            for i, stack in enumerate(plan_stacks(model, moe))}
 
 
 def in_order(records: Mapping[str, Mapping[str, LayerRecord]]) -> list[LayerRecord]:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from moejax import sharding
-from moejax.layers.mlp import dropout, gated
+from moejax.layers.mlp import SWIGLU, Activation, activate, dropout
 
 STEPS = 12
 """Sizes of last blocks: more waste less on rows of nothing and take longer to compile."""
@@ -44,72 +44,81 @@ def rows_computed(size: int, block_rows: int) -> int:
     return whole * block_rows + min(-(-rest // step) * step, block_rows)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def feed_forward(x_RD: Array, sizes_E: Array, w_in_ED2F: Array, w_out_EFD: Array, key: Array | None, block_rows: int,
-                 dropout_rate: float) -> Array:
-    """SwiGLU experts on rows grouped by expert.
+@partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
+def feed_forward(x_RD: Array, sizes_E: Array, w_in_EDGF: Array, w_out_EFD: Array, b_in_EGF: Array | None, key: Array | None,
+                 block_rows: int, dropout_rate: float, activation: Activation = SWIGLU) -> Array:
+    """Experts on rows grouped by expert.
 
     Args:
       x_RD: rows; the first sizes_E[0] belong to expert 0, and so on; at least `step_rows(block_rows)` more than these.
       sizes_E: int32.
-      w_in_ED2F: gate and up projections.
+      w_in_EDGF: gate and up projections (G = 2), or one projection (G = 1).
       w_out_EFD: down projections.
+      b_in_EGF: biases of the first projections, or None.
       key: for dropout on the hidden units, or None.
       block_rows: rows of a whole block.
       dropout_rate: of the hidden units.
+      activation: the non-linearity.
 
     Returns:
       y_RD; beyond the groups, anything finite.
     """
-    return _forward(x_RD, sizes_E, w_in_ED2F, w_out_EFD, key, block_rows, dropout_rate)[0]
+    return _forward(x_RD, sizes_E, w_in_EDGF, w_out_EFD, b_in_EGF, key, block_rows, dropout_rate, activation)[0]
 
 
-def _forward(x_RD, sizes_E, w_in_ED2F, w_out_EFD, key, block_rows, dropout_rate):
-    width, hidden = w_in_ED2F.shape[1], 2 * w_in_ED2F.shape[3]
+def _forward(x_RD, sizes_E, w_in_EDGF, w_out_EFD, b_in_EGF, key, block_rows, dropout_rate, activation):
+    width, hidden = w_in_EDGF.shape[1], w_in_EDGF.shape[2] * w_in_EDGF.shape[3]
     end_E = jnp.cumsum(sizes_E)
 
     def expert(e: Array, carry: Any) -> Any:
-        w_in_DF, w_out_FD = w_in_ED2F[e].reshape(width, hidden), w_out_EFD[e]
+        w_in_DF, w_out_FD = w_in_EDGF[e].reshape(width, hidden), w_out_EFD[e]
 
         def block(carry: Any, start: Array, end: Array, rows: int, last: bool) -> Any:
             y_RD, h_RF = carry
             h_bF = _rows(x_RD, start, rows) @ w_in_DF
-            a_bF = _activate(h_bF, key, start, dropout_rate)
+            if b_in_EGF is not None:
+                h_bF += b_in_EGF[e].reshape(hidden)
+            a_bF = activated(h_bF, start)
             return _write(y_RD, a_bF @ w_out_FD, start), _write(h_RF, h_bF, start)
 
         return _over_blocks(block, sizes_E[e], end_E[e], block_rows, x_RD.shape[0], carry)
+
+    activated = partial(_activate, activation, w_in_EDGF.shape[2], key, dropout_rate)
 
     def empty(width: int) -> Array:
         return sharding.varying_like(jnp.zeros((x_RD.shape[0], width), x_RD.dtype), x_RD)
 
     y_RD, h_RF = jax.lax.fori_loop(0, sizes_E.shape[0], expert, (empty(width), empty(hidden)))
     # The weights are kept as they came, in which form a scan over layers already has them and need not stack them anew.
-    return y_RD, (x_RD, h_RF, sizes_E, w_in_ED2F, w_out_EFD, key)
+    return y_RD, (x_RD, h_RF, sizes_E, w_in_EDGF, w_out_EFD, b_in_EGF, key)
 
 
-def _backward(block_rows, dropout_rate, saved, dy_RD):
-    x_RD, h_RF, sizes_E, w_in_ED2F, w_out_EFD, key = saved
-    width, hidden = w_in_ED2F.shape[1], h_RF.shape[1]
+def _backward(block_rows, dropout_rate, activation, saved, dy_RD):
+    x_RD, h_RF, sizes_E, w_in_EDGF, w_out_EFD, b_in_EGF, key = saved
+    width, hidden = w_in_EDGF.shape[1], h_RF.shape[1]
+    activated = partial(_activate, activation, w_in_EDGF.shape[2], key, dropout_rate)
     end_E = jnp.cumsum(sizes_E)
 
     matmul = partial(jnp.matmul, preferred_element_type=jnp.float32)  # the sum over blocks would stall in less
 
     def expert(e: Array, carry: Any) -> Any:
-        w_in_DF, w_out_FD = w_in_ED2F[e].reshape(width, hidden), w_out_EFD[e]
+        w_in_DF, w_out_FD = w_in_EDGF[e].reshape(width, hidden), w_out_EFD[e]
 
         def block(carry: Any, start: Array, end: Array, rows: int, last: bool) -> Any:
-            dx_RD, dw_in_ED2F, dw_out_EFD = carry
+            dx_RD, dw_in_EDGF, dw_out_EFD, db_in_EGF = carry
             dy_bD = _rows(dy_RD, start, rows)
             if last:
                 dy_bD = jnp.where((start + jnp.arange(rows) < end)[:, None], dy_bD, 0)
-            a_bF, pull = jax.vjp(lambda h_bF: _activate(h_bF, key, start, dropout_rate), _rows(h_RF, start, rows))
+            a_bF, pull = jax.vjp(lambda h_bF: activated(h_bF, start), _rows(h_RF, start, rows))
             dh_bF, = pull(dy_bD @ w_out_FD.T)
             # Transposed for real: XLA:CPU is slower at a matmul that sums over the first axis of both. For the other one
             # the transpose would cost what it saves.
             x_Db = jax.lax.optimization_barrier(_rows(x_RD, start, rows).T)
-            dw_in_ED2F = add(dw_in_ED2F, matmul(x_Db, dh_bF), last)
+            dw_in_EDGF = add(dw_in_EDGF, matmul(x_Db, dh_bF), last)
             dw_out_EFD = add(dw_out_EFD, matmul(a_bF.T, dy_bD), last)
-            return _write(dx_RD, dh_bF @ w_in_DF.T, start), dw_in_ED2F, dw_out_EFD
+            if db_in_EGF is not None:
+                db_in_EGF = add(db_in_EGF, jnp.sum(dh_bF, axis=0, dtype=jnp.float32), last)
+            return _write(dx_RD, dh_bF @ w_in_DF.T, start), dw_in_EDGF, dw_out_EFD, db_in_EGF
 
         def add(sums: Array, new_DF: Array, first: bool) -> Array:
             # The last block comes first, so it has nothing to add to.
@@ -121,9 +130,12 @@ def _backward(block_rows, dropout_rate, saved, dy_RD):
     def zeros(a: Array, dtype: Any) -> Array:
         return sharding.varying_like(jnp.zeros(a.shape, dtype), x_RD)
 
-    dx_RD, dw_in_ED2F, dw_out_EFD = jax.lax.fori_loop(0, sizes_E.shape[0], expert, (
-        zeros(x_RD, x_RD.dtype), zeros(w_in_ED2F, jnp.float32), zeros(w_out_EFD, jnp.float32)))
-    return dx_RD, None, dw_in_ED2F.astype(w_in_ED2F.dtype), dw_out_EFD.astype(w_out_EFD.dtype), None
+    dx_RD, *d_weights = jax.lax.fori_loop(0, sizes_E.shape[0], expert, (
+        zeros(x_RD, x_RD.dtype), zeros(w_in_EDGF, jnp.float32), zeros(w_out_EFD, jnp.float32),
+        None if b_in_EGF is None else zeros(b_in_EGF, jnp.float32)))
+    dw_in_EDGF, dw_out_EFD, db_in_EGF = (
+        None if d is None else d.astype(w.dtype) for d, w in zip(d_weights, (w_in_EDGF, w_out_EFD, b_in_EGF)))
+    return dx_RD, None, dw_in_EDGF, dw_out_EFD, db_in_EGF, None
 
 
 feed_forward.defvjp(_forward, _backward)
@@ -150,11 +162,12 @@ def _over_blocks(block: Callable[..., Any], size: Array, end: Array, block_rows:
         carry, start + i * block_rows, end, block_rows, False), carry)
 
 
-def _activate(h_bF: Array, key: Array | None, start: Array, dropout_rate: float) -> Array:
-    """The gate, and dropout by a key of the block's own."""
+def _activate(activation: Activation, inputs: int, key: Array | None, dropout_rate: float, h_bF: Array, start: Array
+              ) -> Array:
+    """The non-linearity, and dropout by a key of the block's own."""
     if key is not None:
         key = jax.random.fold_in(key, start)
-    return dropout(gated(h_bF.reshape(h_bF.shape[0], 2, -1)), dropout_rate, key)
+    return dropout(activate(h_bF.reshape(h_bF.shape[0], inputs, -1), activation), dropout_rate, key)
 
 
 def _rows(a_RD: Array, start: Array, rows: int) -> Array:

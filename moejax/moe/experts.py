@@ -4,41 +4,50 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from moejax.layers.mlp import dropout, gated
+from moejax.layers.mlp import SWIGLU, Activation, activate, dropout
 from moejax.moe import blocked
 
 
-def feed_forward(x_RD: Array, sizes_E: Array, w_in_ED2F: Array, w_out_EFD: Array, *, compute: str, block_rows: int,
-                 dropout_rate: float = 0.0, key: Array | None = None) -> Array:
-    """SwiGLU experts on rows that are grouped by expert.
+def feed_forward(x_RD: Array, sizes_E: Array, w_in_EDGF: Array, w_out_EFD: Array, *, compute: str, block_rows: int,
+                 dropout_rate: float = 0.0, key: Array | None = None, b_in_EGF: Array | None = None,
+                 activation: Activation = SWIGLU) -> Array:
+    """Experts on rows that are grouped by expert.
 
     Args:
       x_RD: rows; the first sizes_E[0] belong to expert 0, and so on. Behind the groups lie at least
         `spare_rows(compute, block_rows)` more rows, whose results are anything, not a number included.
       sizes_E: int32.
-      w_in_ED2F: gate and up projections.
+      w_in_EDGF: gate and up projections (G = 2), or one projection (G = 1).
       w_out_EFD: down projection.
       compute: `blocked` or `ragged_dot`.
       block_rows: rows of a block for `blocked`.
       dropout_rate: rate of dropout on the hidden units.
       key: its PRNG key, or None for no dropout.
+      b_in_EGF: biases of the first projections, or None.
+      activation: the non-linearity.
 
     Returns:
       y_RD.
     """
     if compute == "blocked":
-        return blocked.feed_forward(x_RD, sizes_E, w_in_ED2F, w_out_EFD, key, block_rows, dropout_rate)
-    experts, width, _, hidden = w_in_ED2F.shape
-    h_RF = jax.lax.ragged_dot(x_RD, w_in_ED2F.reshape(experts, width, 2 * hidden), sizes_E)
-    h_RF = dropout(gated(h_RF.reshape(-1, 2, hidden)), dropout_rate, key)
+        return blocked.feed_forward(x_RD, sizes_E, w_in_EDGF, w_out_EFD, b_in_EGF, key, block_rows, dropout_rate,
+                                    activation)
+    experts, width, inputs, hidden = w_in_EDGF.shape
+    h_RF = jax.lax.ragged_dot(x_RD, w_in_EDGF.reshape(experts, width, inputs * hidden), sizes_E)
+    h_RGF = h_RF.reshape(-1, inputs, hidden)
+    if b_in_EGF is not None:
+        h_RGF += jnp.repeat(b_in_EGF, sizes_E, axis=0, total_repeat_length=x_RD.shape[0])
+    h_RF = dropout(activate(h_RGF, activation), dropout_rate, key)
     return jax.lax.ragged_dot(h_RF, w_out_EFD, sizes_E)
 
 
-def dense_feed_forward(x_ETD: Array, w_in_ED2F: Array, w_out_EFD: Array, dropout_rate: float = 0.0,
-                       key: Array | None = None) -> Array:
+def dense_feed_forward(x_ETD: Array, w_in_EDGF: Array, w_out_EFD: Array, dropout_rate: float = 0.0,
+                       key: Array | None = None, b_in_EGF: Array | None = None, activation: Activation = SWIGLU) -> Array:
     """The same on equal groups, as two plain einsums: the oracle's compute."""
-    h_ETF = dropout(gated(jnp.einsum("etd,edgf->etgf", x_ETD, w_in_ED2F)), dropout_rate, key)
-    return jnp.einsum("etf,efd->etd", h_ETF, w_out_EFD)
+    h_ETGF = jnp.einsum("etd,edgf->etgf", x_ETD, w_in_EDGF)
+    if b_in_EGF is not None:
+        h_ETGF += b_in_EGF[:, None]
+    return jnp.einsum("etf,efd->etd", dropout(activate(h_ETGF, activation), dropout_rate, key), w_out_EFD)
 
 
 def choose_compute(compute: str) -> str:

@@ -10,7 +10,9 @@ from jax import Array
 from jax.sharding import PartitionSpec as P
 
 from moejax import axes, sharding
+from moejax.architecture import PLAIN, Architecture
 from moejax.config import MoEConfig, check
+from moejax.layers.mlp import SWIGLU, Activation
 from moejax.moe import balance, blocked, capacity, experts, merged, slots
 from moejax.moe.dispatch import DISPATCHERS, Dispatcher, Sizes
 from moejax.moe.routing import get_router
@@ -47,31 +49,39 @@ class Mixed(NamedTuple):
     assignments: Assignments | Slots | Merger
 
 
-def mixture(config: MoEConfig, router_parameters: Mapping[str, Array], state: Mapping[str, Array], w_in_ED2F: Array,
+def mixture(config: MoEConfig, router_parameters: Mapping[str, Array], state: Mapping[str, Array], w_in_EDGF: Array,
             w_out_EFD: Array, x_TD: Array, context: RoutingContext, key: Array | None,
-            latent: tuple[Array, Array] | None = None) -> Mixed:
+            latent: tuple[Array, Array] | None = None, biases: tuple[Array, Array] | None = None,
+            activation: Activation = SWIGLU) -> Mixed:
     """A mixture of experts as a pure function of [T, D].
 
     `latent` holds the projections into the experts' smaller space and back, if they have one (LatentMoE 2601.18089); the
-    router sees the tokens as they are.
+    router sees the tokens as they are. `biases` are those of the experts, [E, G, F] and [E, D].
     """
     routed = get_router(config.router).route(config, router_parameters, state, x_TD, context)
     if latent is not None:
         x_TD = x_TD @ latent[0]
     if routed.input_scale_T is not None:
         x_TD = x_TD * routed.input_scale_T[:, None].astype(x_TD.dtype)
+    check(biases is None or isinstance(routed.assignments, Assignments), f"config.moe.router={config.router} mixes tokens "
+          "or experts, which have no biases there; set config.model.architecture.expert_bias=False")
     match routed.assignments:
         case Assignments() as chosen:
             kept = drop(config, chosen, context)
-            y_TD, received_E, replayed_E = sparse(config, kept, w_in_ED2F, w_out_EFD, x_TD, context.sequences, key)
+            b_in_EGF, b_out_ED = biases or (None, None)
+            y_TD, received_E, replayed_E = sparse(config, kept, w_in_EDGF, w_out_EFD, b_in_EGF, x_TD, context.sequences,
+                                                  key, activation)
+            if b_out_ED is not None:
+                y_TD = y_TD + (weights_of(kept, *x_TD.shape[:1], config.num_experts) @ b_out_ED).astype(y_TD.dtype)
             assigned_E = balance.count_per_expert(chosen, config.num_experts)[0]
             dropped_E = assigned_E - balance.count_per_expert(kept, config.num_experts)[0]
         case Slots() as chosen:
-            y_TD, received_E = slots.feed_forward(chosen, x_TD, w_in_ED2F, w_out_EFD, config.expert_dropout, key)
+            y_TD, received_E = slots.feed_forward(chosen, x_TD, w_in_EDGF, w_out_EFD, config.expert_dropout, key,
+                                                  activation)
             assigned_E, dropped_E, replayed_E = received_E, 0 * received_E, 0 * received_E
         case Merger() as chosen:
-            y_TD, received_E = merged.feed_forward(chosen, x_TD, context.mask_T, w_in_ED2F, w_out_EFD,
-                                                   config.expert_dropout, key)
+            y_TD, received_E = merged.feed_forward(chosen, x_TD, context.mask_T, w_in_EDGF, w_out_EFD,
+                                                   config.expert_dropout, key, activation)
             assigned_E, dropped_E, replayed_E = received_E, 0 * received_E, 0 * received_E
     if latent is not None:
         y_TD = y_TD @ latent[1]
@@ -83,40 +93,49 @@ def mixture(config: MoEConfig, router_parameters: Mapping[str, Array], state: Ma
     return Mixed(y_TD, record, routed.carry_TC, routed.assignments)
 
 
-def sparse(config: MoEConfig, kept: Assignments, w_in_ED2F: Array, w_out_EFD: Array, x_TD: Array, sequences: int,
-           key: Array | None) -> Moved:
+def weights_of(assignments: Assignments, tokens: int, num_experts: int) -> Array:
+    """The sum of the weights with which each token reaches each expert, float32 [T, E]."""
+    weight_N = jnp.where(assignments.valid_N, assignments.weight_N, 0)
+    return jnp.zeros((tokens, num_experts)).at[assignments.token_N, assignments.expert_N].add(weight_N)
+
+
+def sparse(config: MoEConfig, kept: Assignments, w_in_EDGF: Array, w_out_EFD: Array, b_in_EGF: Array | None, x_TD: Array,
+           sequences: int, key: Array | None, activation: Activation = SWIGLU) -> Moved:
     """dispatch -> experts -> combine, for a list of pairs."""
     assignments = fit_to_mesh(kept, sequences)
     dispatcher = choose_dispatcher(config, assignments.local, assignments.expert_N.shape[0] / x_TD.shape[0])
 
-    def on_device(dispatcher: Dispatcher, x_TD: Array, assignments: Assignments, w_in_ED2F: Array, w_out_EFD: Array,
-                  key: Array | None) -> Moved:
+    def on_device(dispatcher: Dispatcher, x_TD: Array, assignments: Assignments, w_in_EDGF: Array, w_out_EFD: Array,
+                  b_in_EGF: Array | None, key: Array | None) -> Moved:
         compute = experts.choose_compute(config.compute)
-        block_rows = blocked.fit_block(config.block_rows, assignments.expert_N.shape[0], w_in_ED2F.shape[0])
+        block_rows = blocked.fit_block(config.block_rows, assignments.expert_N.shape[0], w_in_EDGF.shape[0])
         plan = dispatcher.plan(assignments, Sizes(
-            x_TD.shape[0], w_in_ED2F.shape[0], experts.spare_rows(compute, block_rows), experts.row_multiple(compute),
+            x_TD.shape[0], w_in_EDGF.shape[0], experts.spare_rows(compute, block_rows), experts.row_multiple(compute),
             config.buffer_factor))
 
-        def move(x_TD: Array, w_in_ED2F: Array, w_out_EFD: Array) -> tuple[Array, Array]:
+        def move(x_TD: Array, w_in_EDGF: Array, w_out_EFD: Array, b_in_EGF: Array | None) -> tuple[Array, Array]:
             rows = dispatcher.dispatch(x_TD, plan)
             if dispatcher.manual:
-                rows = experts.feed_forward(rows, plan.sizes_E, w_in_ED2F, w_out_EFD, compute=compute,
-                                            block_rows=block_rows, dropout_rate=config.expert_dropout, key=key)
+                rows = experts.feed_forward(rows, plan.sizes_E, w_in_EDGF, w_out_EFD, compute=compute,
+                                            block_rows=block_rows, dropout_rate=config.expert_dropout, key=key,
+                                            b_in_EGF=b_in_EGF, activation=activation)
             else:
-                rows = experts.dense_feed_forward(rows, w_in_ED2F, w_out_EFD, config.expert_dropout, key)
+                rows = experts.dense_feed_forward(rows, w_in_EDGF, w_out_EFD, config.expert_dropout, key, b_in_EGF,
+                                                  activation)
             return dispatcher.combine(rows, plan), plan.sizes_E
 
         if not dispatcher.bounded:
-            return Moved(*move(x_TD, w_in_ED2F, w_out_EFD), jnp.zeros(config.num_experts, jnp.int32))
+            return Moved(*move(x_TD, w_in_EDGF, w_out_EFD, b_in_EGF), jnp.zeros(config.num_experts, jnp.int32))
 
-        def replay(x_TD: Array, w_in_ED2F: Array, w_out_EFD: Array) -> tuple[Array, Array]:
-            return on_device(DISPATCHERS["all_gather"], x_TD, assignments, w_in_ED2F, w_out_EFD, key)[:2]
+        def replay(x_TD: Array, *weights: Array | None) -> tuple[Array, Array]:
+            return on_device(DISPATCHERS["all_gather"], x_TD, assignments, *weights, key)[:2]
 
         # All devices of the expert axis agree. The replay is recomputed in the backward pass, so it holds no memory.
         fits = jax.lax.psum(jnp.sum(plan.lost_E), axes.EXPERT) == 0
-        return Moved(*jax.lax.cond(fits, move, jax.checkpoint(replay), x_TD, w_in_ED2F, w_out_EFD), plan.lost_E)
+        return Moved(*jax.lax.cond(fits, move, jax.checkpoint(replay), x_TD, w_in_EDGF, w_out_EFD, b_in_EGF), plan.lost_E)
 
-    return on_every_device(partial(on_device, dispatcher), dispatcher)(x_TD, assignments, w_in_ED2F, w_out_EFD, key)
+    return on_every_device(partial(on_device, dispatcher), dispatcher)(
+        x_TD, assignments, w_in_EDGF, w_out_EFD, b_in_EGF, key)
 
 
 def drop(config: MoEConfig, assignments: Assignments, context: RoutingContext) -> Assignments:
@@ -163,21 +182,22 @@ def choose_dispatcher(config: MoEConfig, local: bool, pairs: float) -> Dispatche
 
 
 def on_every_device(function: Callable[..., Moved], dispatcher: Dispatcher) -> Callable[..., Moved]:
-    """Runs (x_TD, assignments, w_in, w_out, key) -> Moved on each device's tokens and experts; no mesh, as it is."""
+    """Runs (x_TD, assignments, w_in, w_out, b_in, key) -> Moved on each device's tokens and experts; no mesh, as it is."""
     mesh = sharding.current_mesh()
     if mesh is None or not dispatcher.manual:
         return function
 
-    def local(x_TD: Array, assignments: Assignments, w_in_ED2F: Array, w_out_EFD: Array, key: Array | None) -> Moved:
+    def local(x_TD: Array, assignments: Assignments, w_in_EDGF: Array, w_out_EFD: Array, b_in_EGF: Array | None,
+              key: Array | None) -> Moved:
         if assignments.local:
             first = jax.lax.axis_index(axes.TOKEN_AXES) * x_TD.shape[0]
             assignments = assignments.replace(token_N=assignments.token_N - first)
         if key is not None:
             key = jax.random.fold_in(key, jax.lax.axis_index(axes.MESH_AXES))
         # What arrives equal on several devices is marked as varying, so that its gradient is summed over them.
-        x_TD, assignments, w_in_ED2F, w_out_EFD = jax.tree.map(
-            lambda a: sharding.varying_over(a, axes.MESH_AXES), (x_TD, assignments, w_in_ED2F, w_out_EFD))
-        moved = function(x_TD, assignments, w_in_ED2F, w_out_EFD, key)
+        varying = jax.tree.map(lambda a: sharding.varying_over(a, axes.MESH_AXES),
+                               (x_TD, assignments, w_in_EDGF, w_out_EFD, b_in_EGF))
+        moved = function(*varying, key)
 
         def total(count_E: Array, over: Sequence[str]) -> Array:
             # The devices of the model axis share their tokens, so each has counted the same.
@@ -189,7 +209,7 @@ def on_every_device(function: Callable[..., Moved], dispatcher: Dispatcher) -> C
 
     tokens = P(axes.TOKEN_AXES)
     expert = axes.EXPERT if dispatcher.splits_experts else None
-    weights = (P(expert, None, None, axes.MODEL), P(expert, axes.MODEL, None))
+    weights = (P(expert, None, None, axes.MODEL), P(expert, axes.MODEL, None), P(expert, None, axes.MODEL))
     return jax.shard_map(local, in_specs=(tokens, tokens, *weights, P()), out_specs=Moved(tokens, P(expert), P()))
 
 
@@ -217,12 +237,14 @@ class MixtureOfExperts(nn.Module):
       hidden: F.
       out_scale: factor on the initial standard deviation of the down projections.
       dtype: compute type of the experts; the router computes in float32.
+      design: `activation`, `clamp` and `expert_bias` of it.
     """
 
     config: MoEConfig
     hidden: int
     out_scale: float
     dtype: Any
+    design: Architecture = PLAIN
 
     @nn.compact
     def __call__(self, x_BLD: Array, state: Mapping[str, Array], context: RoutingContext
@@ -232,24 +254,28 @@ class MixtureOfExperts(nn.Module):
         config, count, hidden = self.config, self.config.num_experts, self.hidden
         router = get_router(config.router)
         own = router_parameters(self, config, model_width)
-        width = model_width // config.latent_divisor
+        width, activation = model_width // config.latent_divisor, Activation(self.design.activation, self.design.clamp)
         # The expert axis is a stack of layers, so it is no part of the fan-in.
-        w_in_ED2F = self.param("w_in", nn.with_logical_partitioning(
+        w_in_EDGF = self.param("w_in", nn.with_logical_partitioning(
             nn.initializers.normal(width**-0.5), ("experts", "embed", "gate_up", "expert_ffn")),
-            (count, width, 2, hidden))
+            (count, width, activation.inputs, hidden))
         w_out_EFD = self.param("w_out", nn.with_logical_partitioning(
             nn.initializers.normal(self.out_scale * hidden**-0.5), ("experts", "expert_ffn", "embed")),
             (count, hidden, width))
         noisy = context.train and (router.noisy(config) or config.expert_dropout > 0)
         router_key, key = jax.random.split(self.make_rng("dropout")) if noisy else (None, None)
         x_TD, context = x_BLD.reshape(-1, model_width), context.replace(key=router_key)
-        weights = w_in_ED2F.astype(self.dtype), w_out_EFD.astype(self.dtype)
+        weights = w_in_EDGF.astype(self.dtype), w_out_EFD.astype(self.dtype)
         latent = None if config.latent_divisor == 1 else tuple(
             self.param(name, nn.with_logical_partitioning(nn.initializers.normal(shape[0]**-0.5), names), shape)
             .astype(self.dtype)
             for name, shape, names in (("latent_down", (model_width, width), ("embed", None)),
                                        ("latent_up", (width, model_width), (None, "embed"))))
-        mixed = mixture(config, own, state, *weights, x_TD, context, key, latent)
+        biases = None if not self.design.expert_bias else tuple(
+            self.param(name, nn.with_logical_partitioning(nn.initializers.zeros, names), shape).astype(self.dtype)
+            for name, shape, names in (("b_in", (count, activation.inputs, hidden), ("experts", "gate_up", "expert_ffn")),
+                                       ("b_out", (count, width), ("experts", "embed"))))
+        mixed = mixture(config, own, state, *weights, x_TD, context, key, latent, biases, activation)
         if not self.is_initializing():
             self.sow(DECISIONS, "assignments", mixed.assignments)
         y_BLD = sharding.constrain(mixed.y_TD.reshape(batch, length, model_width), "batch", "length", None)

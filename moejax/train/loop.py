@@ -13,14 +13,15 @@ import numpy as np
 from jax.sharding import Mesh
 
 from moejax import processes
-from moejax.checkpoint import Store, open_workdir, place
-from moejax.config import Config
+from moejax.checkpoint import Store, open_workdir, place, read_config
+from moejax.config import Config, check
 from moejax.data.loader import eval_batches, eval_size, train_loader
 from moejax.data.prepare import Prepared, load_prepared, prepare
+from moejax.evaluation.load import abstract_variables, load_sharded
 from moejax.evaluation.perplexity import bits_per_byte, evaluate
 from moejax.metrics.record import Recorder, loss_summary, routing_summary, total_records
 from moejax.models.count import training_flops
-from moejax.models.transformer import Transformer, in_order
+from moejax.models.transformer import Transformer, build, in_order
 from moejax.train.benchmark import matmul_ceiling
 from moejax.train.progress import Progress, duration
 from moejax.train.setup import Setup, describe, set_up
@@ -156,12 +157,33 @@ def items(state: TrainState) -> dict[str, Any]:
 def start(setup: Setup, store: Store, loader: Any) -> tuple[TrainState, int]:
     """The state to go on from, with the loader moved to its place: a checkpoint's, or a fresh one."""
     if not store.steps():
-        return setup.initialise(), 0
+        fresh = setup.initialise()
+        if setup.config.train.init_from is None:
+            return fresh, 0
+        with processes.same_fate():
+            given = initial_variables(setup)
+        return fresh.replace(params=given["params"], router_state=given["router"]), 0
+    with processes.same_fate():
+        check("loader" in store.restore({}).data, f"{store.folder.parent}: holds a model that was not trained here; give "
+              f"another --workdir, and --config.train.init_from={store.folder.parent}")
     restored = store.restore(place(items(setup.shapes), items(setup.shardings)))
     loader.set_state(restored.data["loader"])
     model, training = restored.items["model"], restored.items["training"]
     return TrainState(training["step"], model["params"], training["opt_state"], model["router"],
                       training["key"]), restored.step
+
+
+def initial_variables(setup: Setup) -> Any:
+    """Parameters and router state of the run in config.train.init_from. Raises `UserError` if they are another model's."""
+    workdir = Path(setup.config.train.init_from)
+    theirs, mine = (
+        {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape
+         for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_variables(model)[0])}
+        for model in (build(read_config(workdir)), setup.model))
+    for name in sorted(theirs.keys() | mine.keys()):
+        check(theirs.get(name) == mine.get(name), f"config.train.init_from={workdir} is another model: {name} has shape "
+              f"{theirs.get(name)} there and {mine.get(name)} here; take its config.json as --config")
+    return load_sharded(workdir, setup.model, setup.mesh).items["model"]
 
 
 def run_evaluation(setup: Setup, prepared: Prepared, params: Any, router_state: Any, step: int) -> dict[str, Any]:

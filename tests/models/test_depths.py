@@ -11,8 +11,12 @@ from tiny import tiny_batch, tiny_config, tiny_model
 
 from moejax.evaluation.causality import leak
 from moejax.generation import cache
+from moejax.layers.attention import Sight
 from moejax.models import transformer
+from moejax.models.blocks import Block
 from moejax.models.depths import DepthRouted
+from moejax.models.sight import look
+from moejax.models.stacks import Kind
 
 SHARE = 0.3
 
@@ -26,20 +30,20 @@ def model_of(share=SHARE):
 def one_block(config, train, x_BLD, batch, seed=0, share=SHARE):
     """A depth-routed block alone: what goes in, what comes out, its record and its parameters."""
     model = transformer.build(config)
-    block = DepthRouted(model.moe, partial(transformer.Block, model.model, model.moe, False, jnp.float32))
+    block = DepthRouted(model.moe, partial(Block, model.model, model.moe, Kind(False, "full"), jnp.float32))
     mask = jnp.asarray(batch["segments"] > 0)
     context = transformer.RoutingContext(
         jnp.asarray(batch["tokens"]).reshape(-1), mask.reshape(-1), transformer.count_totals(mask), whole=None,
         carry_TC=None, key=None, sequences=len(mask), shards=1, train=train)
-    rotary = transformer.angles(jnp.asarray(batch["positions"]), config.model.head_dim, config.model.rope_base)
-    shared = rotary, transformer.visibility(jnp.asarray(batch["segments"]), None, None), None, context
+    sight = look(model.model, jnp.asarray(batch["positions"]), jnp.asarray(batch["segments"]), None, None)
+    shared = sight, None, context
     params = jax.tree.map(lambda a: jnp.asarray(np.random.default_rng(seed).normal(size=a.shape) * 0.3, jnp.float32),
                           jax.eval_shape(lambda: transformer.nn.meta.unbox(block.init(
                               jax.random.key(0), x_BLD, None, {}, None, None, *shared))))
     y_BLD, _, record, _ = jax.jit(lambda params: block.apply(params, x_BLD, None, {}, None, None, *shared))(params)
-    inner = transformer.Block(model.model, model.moe, False, jnp.float32)
-    return y_BLD, record, params["params"], lambda x, visible, rotary: inner.apply(
-        {"params": params["params"]["block"]}, x, None, {}, None, None, rotary, visible, None, context)[0], shared
+    inner = Block(model.model, model.moe, Kind(False, "full"), jnp.float32)
+    return y_BLD, record, params["params"], lambda x, sight: inner.apply(
+        {"params": params["params"]["block"]}, x, None, {}, None, None, sight, None, context)[0], sight
 
 
 @pytest.mark.parametrize("train", [True, pytest.param(False, marks=pytest.mark.slow)])
@@ -48,7 +52,7 @@ def test_a_block_works_on_its_tokens_as_if_the_others_were_not_there(train):
     config, *_ = model_of()
     batch = tiny_batch(config)
     x_BLD = jnp.asarray(np.random.default_rng(1).normal(size=(*batch["tokens"].shape, 24)), jnp.float32)
-    y_BLD, record, params, plain, (rotary, visible_BLS, *_) = one_block(config, train, x_BLD, batch)
+    y_BLD, record, params, plain, sight = one_block(config, train, x_BLD, batch)
     chosen = 0
     for b, real in enumerate(batch["segments"] > 0):
         score_L = np.asarray(x_BLD[b]) @ np.asarray(params["router_w_D1"][:, 0])
@@ -61,7 +65,8 @@ def test_a_block_works_on_its_tokens_as_if_the_others_were_not_there(train):
         want_LD = np.array(x_BLD[b])
         if len(on):
             alone = x_BLD[b:b + 1, on]
-            changed = plain(alone, visible_BLS[b:b + 1][:, on][:, :, on], tuple(a[b:b + 1, on] for a in rotary))
+            changed = plain(alone, Sight(*(a[b:b + 1, on] for a in (sight.cos, sight.sin)),
+                                         {"full": sight.visible["full"][b:b + 1][:, on][:, :, on]}))
             want_LD[on] += score_L[on, None] * np.asarray(changed - alone)[0]
         np.testing.assert_allclose(y_BLD[b], want_LD, rtol=1e-4, atol=1e-5)
         off = np.setdiff1d(np.arange(len(real)), on)

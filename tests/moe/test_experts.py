@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from moe_reference import D, E, F, assert_close, config_of, context, inputs
 
-from moejax.layers.mlp import FeedForward, dropout, gated
+from moejax.layers.mlp import FeedForward, activate, dropout
 from moejax.moe import blocked, experts
 from moejax.moe.layer import mixture
 
@@ -74,7 +74,7 @@ def test_the_weight_gradients_of_many_blocks_do_not_lose_small_terms_in_bfloat16
     def total(w_out_EFD, count):
         x_RD = (jnp.arange(rows + 1) < count)[:, None].astype(jnp.bfloat16)
         w_in_ED2F = jnp.ones((1, 1, 2, 1), jnp.bfloat16)
-        y_RD = blocked.feed_forward(x_RD, jnp.array([count], jnp.int32), w_in_ED2F, w_out_EFD, None, 1, 0.0)
+        y_RD = blocked.feed_forward(x_RD, jnp.array([count], jnp.int32), w_in_ED2F, w_out_EFD, None, None, 1, 0.0)
         return jnp.sum(y_RD.astype(jnp.float32))
 
     gradient = jax.jit(jax.grad(total))
@@ -111,7 +111,7 @@ def test_one_expert_is_the_dense_feed_forward_layer():
 def test_the_gate_is_silu_and_the_other_half_passes():
     h = np.array([[[0.0, 1.0, -2.0, 30.0], [5.0, 2.0, 3.0, -1.0]]])
     want = [[0.0, 2 / (1 + np.exp(-1)), -6 / (1 + np.exp(2)), -30.0]]
-    np.testing.assert_allclose(gated(jnp.asarray(h, jnp.float32)), want, rtol=1e-6)
+    np.testing.assert_allclose(activate(jnp.asarray(h, jnp.float32)), want, rtol=1e-6)
 
 
 def test_auto_takes_blocks_on_cpu_and_only_blocks_need_spare_rows():

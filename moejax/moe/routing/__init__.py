@@ -22,6 +22,7 @@ from moejax.moe.routing.remoe import REMOE
 from moejax.moe.routing.rounding import ROUNDING
 from moejax.moe.routing.sinkhorn import SINKHORN
 from moejax.moe.routing.soft import SOFT_MOE
+from moejax.moe.routing.sparse_mixer import SPARSE_MIXER
 from moejax.moe.routing.threshold import THRESHOLD
 from moejax.moe.routing.top_p import TOP_P
 from moejax.moe.routing.topk import TOPK
@@ -43,6 +44,7 @@ ROUTERS: dict[str, Router] = {
     "pr_moe": presets.PR_MOE,
     "noisy_topk": NOISY_TOPK,
     "v_moe": V_MOE,
+    "sparse_mixer": SPARSE_MIXER,
     "gshard": GSHARD,
     "x_moe": X_MOE,
     "top_p": TOP_P,

@@ -31,12 +31,19 @@ class Options:
                            choices=("max", "top2"))
     group_balance_weight: float = key(0.0, "weight of the load-balancing loss over groups (device-level balance)", low=0)
     communication_weight: float = key(0.0, "weight of the balance of tokens sent to groups (DeepSeek-V2)", low=0)
+    bias: bool = key(False, "a learned bias on the scores (GPT-OSS)")
     unbiased_balance: bool = key(False, "the load-balancing loss counts the choices as they were without the bias")
 
 
 def parameters(config: MoEConfig, width: int) -> dict[str, Parameter]:
     """One score vector per expert."""
     return {"w_DE": Parameter((width, config.num_experts), ("embed", "router"), config.router_init * width**-0.5)}
+
+
+def parameters_with_bias(config: MoEConfig, width: int) -> dict[str, Parameter]:
+    """The same, and a bias per expert if that is set."""
+    bias = {"b_E": Parameter((config.num_experts,), ("router",), 0.0)} if config.options.bias else {}
+    return parameters(config, width) | bias
 
 
 def initial_state(config: MoEConfig, vocab_size: int) -> dict[str, Array]:
@@ -48,6 +55,8 @@ def route(config: MoEConfig, parameters: Mapping[str, Array], state: Mapping[str
           context: RoutingContext) -> RouterOutput:
     """Routes each token to its K best experts; see `Router.route`."""
     logits_TE = select.linear(select.add_jitter(x_TD, config, context), parameters["w_DE"])
+    if config.options.bias:
+        logits_TE += parameters["b_E"]
     return route_by_logits(config, config.options, logits_TE, state.get("bias_E"), context)
 
 
@@ -147,5 +156,5 @@ def check_config(config: MoEConfig) -> None:
 
 
 TOPK = Router("Top-k", "", "the K best experts of a linear score; all switches at hand", route, options=Options(),
-              parameters=parameters, initial_state=initial_state, update=update, loss_weights=loss_weights,
+              parameters=parameters_with_bias, initial_state=initial_state, update=update, loss_weights=loss_weights,
               noisy=jitters, needs_whole=needs_whole, check=check_config)

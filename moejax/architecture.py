@@ -1,0 +1,82 @@
+"""Where a model departs from the plain block: what open models differ in, as typed options of the one Transformer.
+
+`config.model.architecture` holds them by name. `python -m moejax.architecture` prints all with default and meaning.
+"""
+
+import dataclasses
+
+from moejax.config import key, options_table
+
+ATTENTION_KINDS = ("full", "sliding", "chunked", "unrotated")
+ACTIVATIONS = ("swiglu", "geglu", "geglu_tanh", "clamped_swiglu", "gelu", "gelu_tanh", "relu", "silu")
+GATED = ACTIVATIONS[:4]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """The rotary embedding beyond its base."""
+
+    fraction: float = key(1.0, "share of a head that is rotated", low=0, high=1)
+    scaling: str = key("none", "how frequencies are stretched to longer contexts",
+                       choices=("none", "linear", "llama3", "yarn"))
+    factor: float = key(1.0, "how much longer", low=1)
+    original_length: int = key(0, "llama3, yarn: context of the training before", low=0)
+    low_factor: float = key(1.0, "llama3: fewer turns than this within original_length are stretched in full", low=0)
+    high_factor: float = key(4.0, "llama3: more turns than this stay", low=0)
+    beta_fast: float = key(32.0, "yarn: more turns than this stay", low=0)
+    beta_slow: float = key(1.0, "yarn: fewer turns than this are stretched in full", low=0)
+    mscale: float | None = key(None, "yarn: numerator of the factor on cosine and sine (DeepSeek)", low=0)
+    mscale_all_dim: float | None = key(None, "yarn: its denominator, which scales the scores instead (DeepSeek)", low=0)
+    attention_factor: float | None = key(None, "yarn: that factor itself; None computes it", low=0)
+    truncate: bool = key(True, "yarn: round the bounds between the frequencies to whole dimensions")
+
+
+@dataclasses.dataclass(frozen=True)
+class Latent:
+    """Multi-head latent attention (DeepSeek-V2 2405.04434). `config.model.head_dim` is the width of a query and a key."""
+
+    rank: int = key(0, "width of the latent of keys and values; 0 has none", low=0)
+    query_rank: int = key(0, "width of the latent of queries; 0 has none", low=0)
+    rotary_dim: int = key(0, "last dimensions of a head that are rotated, in keys one vector for all heads", low=0)
+    value_dim: int = key(0, "width of a value", low=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """All options."""
+
+    family: str = key("", "name in moejax.hf.FAMILIES that says how the model is written for other libraries")
+    norm: str = key("rms", "RMSNorm, LayerNorm, or LayerNorm without bias", choices=("rms", "layer", "layer_without_bias"))
+    norm_after: bool = key(False, "norms on the outputs of attention and feed-forward instead of their inputs (OLMo 2)")
+    positions: str = key("rotary", "what tells positions", choices=("rotary", "learned"))
+    rope: Rope = dataclasses.field(default_factory=Rope)
+    attention: tuple[str, ...] = key(("full",), "kinds of attention, repeated over the blocks", choices=ATTENTION_KINDS)
+    window: int = key(0, "tokens that sliding attention sees, itself included; size of the parts of chunked attention",
+                      low=0)
+    latent: Latent = dataclasses.field(default_factory=Latent)
+    attention_scale: float | None = key(None, "factor on scores; None is 1/sqrt(head_dim)", low=0)
+    qkv_bias: bool = key(False, "biases of the query, key and value projections (of the down projections of latents)")
+    output_bias: bool = key(False, "bias of attention's output projection")
+    clip_qkv: float | None = key(None, "bound on the size of queries, keys and values", low=0)
+    qk_norm: str = key("head", "what config.model.qk_norm norms: each head, all heads of a token together, each head after "
+                       "the rotation, or that without a scale and not in unrotated blocks",
+                       choices=("head", "projection", "rotated_head", "rotated_unit"))
+    sinks: bool = key(False, "a learned score a head that takes part in the softmax and has no value (GPT-OSS)")
+    temperature_floor: int = key(0, "unrotated blocks: queries grow with the logarithm of position over this (Llama 4)",
+                                 low=0)
+    temperature_scale: float = key(0.1, "factor on that logarithm", low=0)
+    activation: str = key("swiglu", "non-linearity of feed-forward layers and experts", choices=ACTIVATIONS)
+    clamp: float = key(7.0, "clamped_swiglu: bound on its inputs", low=0)
+    ffn_bias: bool = key(False, "biases of dense feed-forward layers and shared experts")
+    expert_bias: bool = key(False, "biases of experts")
+    embedding_multiplier: float = key(1.0, "factor on the embedding (Granite)")
+    residual_multiplier: float = key(1.0, "factor on what a layer adds to the stream (Granite)")
+    logit_multiplier: float = key(1.0, "factor on the logits")
+    head_bias: bool = key(False, "a bias of the output head (PhiMoE)")
+
+
+PLAIN = Architecture()
+
+
+if __name__ == "__main__":
+    print(options_table(Architecture, "config.model.architecture"))

@@ -1,0 +1,171 @@
+"""python -m moejax.hf import HF_DIR WORKDIR | export WORKDIR HF_DIR"""
+
+import argparse
+import contextlib
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any, Iterator, Sequence
+
+from moejax.config import UserError, check, nearest
+
+USAGE = """
+  python -m moejax.hf import HF_DIR WORKDIR     a checkpoint with config.json and *.safetensors becomes a workdir
+  python -m moejax.hf export WORKDIR HF_DIR     and a workdir becomes such a checkpoint
+
+What an imported model is good for:
+  python -m moejax.main --workdir=WORKDIR --mode=generate --prompt="..."
+  python -m moejax.main --config=WORKDIR/config.json --workdir=runs/tuned --config.data.source="texts/*.txt"
+"""
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "vocab.json",
+                   "merges.txt", "vocab.txt", "spiece.model", "generation_config.json")
+ORIGINAL = "hf"
+"""Folder of a workdir that keeps config.json and the tokenizer of the imported checkpoint, for the export."""
+
+
+def import_checkpoint(source: Path, workdir: Path, dtype: str) -> None:
+    """Makes a workdir of a checkpoint, or nothing. Raises `UserError` as `from_hf` does, or if the workdir is there."""
+    check(source.is_dir(), f"{source}: no such folder; give that of a checkpoint, with config.json and *.safetensors")
+    check(not workdir.exists() or workdir.is_dir() and not any(workdir.iterdir()), f"{workdir}: is not an empty folder; "
+          "choose another name, nothing is overwritten")
+    from moejax.checkpoint.store import Store
+    from moejax.hf.load import read_config, read_variables
+    from moejax.models import transformer
+    family, config = read_config(source, dtype)
+    tokenizer = find_tokenizer(source)
+    with built_beside(workdir) as part:
+        model = transformer.build(config)
+        variables = read_variables(source, family, model, None, progress=True)
+        keep_original(source, part / ORIGINAL)
+        if tokenizer is not None:
+            save_tokenizer(tokenizer, part / "data", config.model.vocab_size)
+        store = Store(part)
+        store.save(0, {"model": variables}, {"content": None}, None)
+        store.close()
+        write_config(part / "config.json", config, workdir, tokenizer)
+    print(f"{family.model_type}: {sum(leaf.size for leaf in leaves(variables)):,} parameters; {workdir}/config.json, "
+          f"checkpoints/ (step 0), {ORIGINAL}/" + (", data/ (tokenizer)" if tokenizer else ""))
+    if tokenizer is None:
+        print(f"{source} has neither tokenizer.json nor a SentencePiece model; to generate or train on text, set "
+              "--config.data.tokenizer to one")
+
+
+def leaves(tree: Any) -> list[Any]:
+    """The arrays of a tree."""
+    import jax
+    return jax.tree.leaves(tree)
+
+
+def find_tokenizer(folder: Path) -> Path | None:
+    """The tokenizer file of a checkpoint that moejax can read; None if there is none."""
+    names = ("tokenizer.json", "tokenizer.model", "spiece.model")
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+def save_tokenizer(tokenizer: Path, folder: Path, vocab_size: int) -> None:
+    """Puts a tokenizer where a workdir has it."""
+    from moejax.data.tokenizers import make_tokenizer
+    folder.mkdir()
+    make_tokenizer(str(tokenizer), vocab_size, (), folder)
+
+
+def keep_original(source: Path, folder: Path) -> None:
+    """Copies config.json and the tokenizer's files."""
+    folder.mkdir(parents=True)
+    for name in ("config.json", *TOKENIZER_FILES):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+
+
+def write_config(path: Path, config: Any, workdir: Path, tokenizer: Path | None) -> None:
+    """Writes config.json so that a run with it starts from the imported model and tokenises as it does."""
+    from moejax.config import to_dict
+    tree = to_dict(config)
+    tree["train"]["init_from"] = str(workdir)
+    if tokenizer is not None:
+        tree["data"]["tokenizer"] = str(workdir / ORIGINAL / tokenizer.name)
+    path.write_text(json.dumps(tree, indent=2))
+
+
+@contextlib.contextmanager
+def built_beside(folder: Path) -> Iterator[Path]:
+    """A folder beside the wanted one, which takes its name at the end, or is removed if there is an error."""
+    part = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        part.mkdir(parents=True)
+        yield part
+        if folder.exists():
+            folder.rmdir()
+        part.rename(folder)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another folder") from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def export_checkpoint(workdir: Path, target: Path, family: str | None, dtype: str | None, step: int | None) -> None:
+    """Writes a checkpoint of a workdir for other libraries, or nothing. Raises `UserError` as `to_hf` does."""
+    check(not target.exists() or target.is_dir() and not any(target.iterdir()), f"{target}: is not an empty folder; choose "
+          "another name, nothing is overwritten")
+    from moejax.evaluation.load import load
+    from moejax.hf.families import FAMILIES
+    from moejax.hf.save import DTYPES, to_hf
+    check(family is None or family in FAMILIES, f"--family={family} must be one of {', '.join(FAMILIES)}"
+          f"{nearest(family or '', list(FAMILIES))}")
+    model, variables = load(workdir, step)
+    check(bool(family or model.model.architecture.family), f"{workdir}: not an imported model; say what it should become "
+          f"with --family, one of {', '.join(FAMILIES)}")
+    original = workdir / ORIGINAL
+    options = json.loads((original / "config.json").read_text()) if (original / "config.json").is_file() else {}
+    stored = options.get("dtype") or options.get("torch_dtype")
+    with built_beside(target) as part:
+        to_hf(model, variables, part, family=family, dtype=dtype or (stored if stored in DTYPES else "float32"),
+              options=extra(options, family or model.model.architecture.family))
+        for name in TOKENIZER_FILES:
+            if (original / name).is_file():
+                shutil.copyfile(original / name, part / name)
+    print(f"{target}: config.json, *.safetensors" + (", tokenizer" if find_tokenizer(target) else ""))
+
+
+def extra(options: dict[str, Any], family: str) -> dict[str, Any]:
+    """Options of the original config.json that say nothing of the model's computation."""
+    from moejax.hf.family import WITHOUT_EFFECT
+    return {name: value for name, value in options.items() if name in WITHOUT_EFFECT} if (
+        options.get("model_type") == family) else {}
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Returns the exit status: 0, or 2 with one line on stderr if the input is wrong."""
+    parser = argparse.ArgumentParser(prog="python -m moejax.hf", description="Open models in and out.", epilog=USAGE,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    one = commands.add_parser("import", help="a checkpoint becomes a workdir")
+    one.add_argument("source", metavar="HF_DIR", type=Path)
+    one.add_argument("workdir", metavar="WORKDIR", type=Path)
+    one.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"),
+                     help="compute type (default: float32); parameters are float32")
+    other = commands.add_parser("export", help="a workdir becomes a checkpoint")
+    other.add_argument("workdir", metavar="WORKDIR", type=Path)
+    other.add_argument("target", metavar="HF_DIR", type=Path)
+    other.add_argument("--family", help="model_type to write (default: that of the imported model)")
+    other.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the tensors (default: as imported)")
+    other.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
+    given = parser.parse_args(arguments)
+    try:
+        if given.command == "import":
+            import_checkpoint(given.source, given.workdir, given.dtype)
+        else:
+            export_checkpoint(given.workdir, given.target, given.family, given.dtype, given.step)
+    except UserError as error:
+        print(f"moejax: {' '.join(str(error).split(chr(10)))}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("moejax: interrupted; nothing was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,171 @@
+"""From a folder of an open checkpoint to a model and its parameters."""
+
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from moejax import config as config_lib
+from moejax import sharding
+from moejax.config import Config, UserError, check
+from moejax.evaluation.load import abstract_variables
+from moejax.hf import tensors
+from moejax.hf.disk import Files, read_json
+from moejax.hf.families import FAMILIES
+from moejax.hf.family import Family, Options
+from moejax.models import stacks, transformer
+
+DEFAULT_LENGTH = 256
+
+
+def from_hf(folder: str | Path, mesh: Mesh | None = None, *, dtype: str = "float32", progress: bool = False
+            ) -> tuple[transformer.Transformer, Any]:
+    """A model and its variables from a local folder with config.json and *.safetensors.
+
+    Tensors are read one by one, straight to where they belong, so that beside the parameters themselves memory holds about
+    one tensor at a time.
+
+    Args:
+      folder: of the checkpoint.
+      mesh: devices over which the parameters are split; None takes the default device.
+      dtype: compute type of the model; parameters are float32.
+      progress: show a bar.
+
+    Returns:
+      The model and {"params": ..., "router": ...}.
+
+    Raises:
+      UserError: an architecture or option that is not implemented; a tensor that is missing, not needed, of the wrong
+        shape or type, or not finite.
+    """
+    folder = Path(folder)
+    family, config = read_config(folder, dtype)
+    model = transformer.build(config)
+    return model, read_variables(folder, family, model, mesh, progress)
+
+
+def read_config(folder: Path, dtype: str = "float32") -> tuple[Family, Config]:
+    """The family of a checkpoint, and its config.json as ours. Raises `UserError` on what is not implemented."""
+    path = folder / "config.json"
+    values = read_json(path)
+    name = values.get("model_type")
+    check(name in FAMILIES, f"{path}: model_type={name!r} is not implemented; there are {', '.join(FAMILIES)}")
+    family = FAMILIES[name]
+    named = values.get("architectures") or [family.architecture]
+    check(named == [family.architecture], f"{path}: architectures={named} is not implemented, only {family.architecture}")
+    check(not values.get("quantization_config"), f"{path}: option quantization_config is not implemented; dequantise the "
+          "checkpoint first")
+    return family, interpret(family, Options(values, str(path)), dtype)
+
+
+def interpret(family: Family, options: Options, dtype: str = "float32") -> Config:
+    """Options of a family as a resolved config. Raises `UserError` on what is not implemented."""
+    settings = family.read(options)
+    options.finish()
+    settings["model"]["architecture"] = settings["model"].get("architecture", {}) | {"family": family.model_type}
+    length = min(DEFAULT_LENGTH, settings["model"]["max_length"])
+    try:
+        return transformer.resolve(config_lib.build(
+            {"moe": {"every": 0}, **settings, "data": {"length": length}, "train": {"dtype": dtype}}))
+    except UserError as error:
+        raise UserError(f"{options.where}: {error}") from None
+
+
+def read_variables(folder: Path, family: Family, model: transformer.Transformer, mesh: Mesh | None, progress: bool) -> Any:
+    """The variables of a model from the tensors of a folder. Raises `UserError` as `from_hf` does."""
+    files = Files(folder)
+    shapes, logical = abstract_variables(model)
+    if mesh is None:
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        where = jax.tree.map(lambda _: here, shapes)
+    else:
+        sharding.validate(sharding.placements(shapes, logical, mesh), mesh, float("inf"))
+        where = sharding.shardings(logical, mesh)
+    table = choose_table(family, model, files)
+    leaves, places = flat(shapes), stacks.places(model.model, model.moe)
+    check_complete(files, family, model, table, leaves, places)
+    where_of = flat(where)
+    variables = {path: jax.jit(partial(jnp.zeros, leaf.shape, leaf.dtype), out_shardings=where_of[path])()
+                 for path, leaf in leaves.items()}
+    for disk, lines in tqdm(table.items(), desc=f"reading {folder}", unit="tensor", disable=not progress):
+        on_disk = files.read(disk)
+        for line in lines:
+            path, repeat = whole_path(line, places)
+            shape = line_shape(line, leaves[path].shape, repeat)
+            part = on_disk if line.part is None else on_disk.take(range(*line.part), axis=line.axis)
+            start = [*([] if repeat is None else [repeat]), *(0 if i is None else i for i in line.at)]
+            start += [0] * (leaves[path].ndim - len(start))
+            piece, single = tensors.to_piece(line, part, shape), _one_hot_axes(line, repeat)
+            variables[path] = _fill(where_of[path])(variables[path], piece, single, np.array(start, np.int32))
+    return jax.tree.unflatten(jax.tree.structure(shapes), variables.values())
+
+
+def choose_table(family: Family, model: transformer.Transformer, files: Files) -> dict[str, list[tensors.Tensor]]:
+    """The table of the layout of which fewer names are missing."""
+    tables = [tensors.by_disk(family.tensors(model.model, model.moe, other)) for other in (False, True)]
+    return min(tables, key=lambda table: sum(name not in files.file_of for name in table))
+
+
+def check_complete(files: Files, family: Family, model: transformer.Transformer, table: Mapping[str, list[tensors.Tensor]],
+                   leaves: Mapping[tuple[str, ...], Any], places: Sequence[tuple[str, str, int]]) -> None:
+    """Raises `UserError` unless every tensor on disk is used and there with the right shape."""
+    missing = [name for name in table if name not in files.file_of]
+    check(not missing, f"{files.folder}: tensor {missing and missing[0]} is missing ({len(missing)} in all)")
+    extra = [name for name in files.file_of if name not in table and not name.endswith(family.unused)]
+    if model.model.tie_embeddings and family.tied[0] in extra:
+        extra.remove(family.tied[0])
+        own, tied = family.tied
+        check(np.array_equal(files.read(own), files.read(tied)),
+              f"{files.folder}: tie_word_embeddings is set, but tensor {own} differs from {tied}")
+    check(not extra, f"{files.folder}: tensor {extra and extra[0]} is not part of the model ({len(extra)} in all)")
+    for disk, lines in table.items():
+        wanted = None
+        for line in lines:
+            path, repeat = whole_path(line, places)
+            shape = list(tensors.disk_shape(line, line_shape(line, leaves[path].shape, repeat)))
+            if line.part is not None:
+                shape[line.axis] = max(other.part[1] for other in lines)
+            wanted = tuple(shape)
+        check(files.shape(disk) == wanted, f"{files.folder}: tensor {disk} has shape {files.shape(disk)}, but by "
+              f"config.json it should be {wanted}")
+
+
+def whole_path(line: tensors.Tensor, places: Sequence[tuple[str, str, int]]) -> tuple[tuple[str, ...], int | None]:
+    """Path of the parameter in the tree of all variables, and the repeat of its stack, if it is part of a block."""
+    if line.layer is None:
+        return line.path, None
+    stack, block, repeat = places[line.layer]
+    return (line.path[0], stack, block, *line.path[1:]), repeat
+
+
+def line_shape(line: tensors.Tensor, leaf_shape: Sequence[int], repeat: int | None) -> tuple[int, ...]:
+    """The shape of the piece that a line fills."""
+    return tensors.piece_shape(line, leaf_shape if repeat is None else leaf_shape[1:])
+
+
+def _one_hot_axes(line: tensors.Tensor, repeat: int | None) -> tuple[int, ...]:
+    """Axes of the parameter of which the piece holds one index."""
+    offset = 0 if repeat is None else 1
+    return (*range(offset), *(offset + axis for axis, index in enumerate(line.at) if index is not None))
+
+
+@lru_cache
+def _fill(where: jax.sharding.Sharding) -> Any:
+    """`_write` in place, for parameters that lie there."""
+    return jax.jit(_write, static_argnums=2, donate_argnums=0, out_shardings=where)
+
+
+def _write(parameter: Array, piece: Array, one_hot_axes: tuple[int, ...], start: Array) -> Array:
+    return jax.lax.dynamic_update_slice(parameter, jnp.expand_dims(piece, one_hot_axes).astype(parameter.dtype),
+                                        tuple(start))
+
+
+def flat(tree: Any) -> dict[tuple[str, ...], Any]:
+    """The leaves of nested dicts by path."""
+    return {tuple(key.key for key in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}

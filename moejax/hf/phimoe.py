@@ -1,0 +1,43 @@
+"""Phi-3.5-MoE (2404.14219): the SparseMixer router, LayerNorm, biases on attention and head."""
+
+from typing import Any, Iterator
+
+from moejax.config import ModelConfig, MoEConfig
+from moejax.hf import common
+from moejax.hf.family import Family, Options
+from moejax.hf.tensors import Tensor
+
+EXPERTS = {"count": "num_local_experts", "width": "intermediate_size"}
+
+
+def tensors(model: ModelConfig, moe: MoEConfig, other: bool) -> Iterator[Tensor]:
+    """Named as Mixtral's."""
+    yield from common.ends(model)
+    for i in range(model.layers):
+        disk = f"model.layers.{i}.{'mlp' if other else 'block_sparse_moe'}"
+        yield from common.attention(model, i)
+        yield from common.router(i, f"{disk}.{'router' if other else 'gate'}.weight")
+        yield from common.experts(moe, i, f"{disk}.experts", other, ("w1", "w3", "w2"))
+
+
+def read(options: Options) -> dict[str, Any]:
+    """See `Family.read`."""
+    model = common.read_model(options)
+    bias = options.take("attention_bias", False)
+    options.only("input_jitter_noise", 0.0, 0)
+    model["architecture"] |= {"norm": "layer", "qkv_bias": bias, "output_bias": bias,
+                              "head_bias": options.take("lm_head_bias", False)}
+    model["architecture"] |= common.read_windows(options, model["layers"])
+    return {"model": model, "moe": common.read_experts(options, **EXPERTS) | {
+        "router": "sparse_mixer", "options": {"jitter_eps": float(options.take("router_jitter_noise", 0.01))}}}
+
+
+def write(model: ModelConfig, moe: MoEConfig) -> dict[str, Any]:
+    """See `Family.write`."""
+    design = model.architecture
+    return common.write_model(model, head_dim=False) | common.write_windows(model) | common.write_experts(
+        model, moe, **EXPERTS) | {"attention_bias": design.qkv_bias, "lm_head_bias": design.head_bias,
+                                  "router_jitter_noise": moe.options.jitter_eps}
+
+
+PHI_MOE = Family("phimoe", "PhimoeForCausalLM", read, write, tensors)

@@ -1,0 +1,115 @@
+"""From a model and its parameters to a folder that other libraries load."""
+
+import json
+import math
+from functools import partial
+from pathlib import Path
+from typing import Any, Mapping, Sequence
+
+import ml_dtypes
+import numpy as np
+
+from moejax.config import ModelConfig, MoEConfig, UserError, check, flatten, to_dict
+from moejax.evaluation.load import abstract_variables
+from moejax.hf import disk, tensors
+from moejax.hf.families import FAMILIES
+from moejax.hf.family import Family, Options
+from moejax.hf.load import flat, interpret, whole_path
+from moejax.models import stacks, transformer
+from moejax.moe.routing import get_router
+
+DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
+
+
+def to_hf(model: transformer.Transformer, params: Mapping[str, Any], folder: str | Path, *, family: str | None = None,
+          dtype: str = "float32", options: Mapping[str, Any] | None = None, shard_bytes: int = disk.SHARD_BYTES) -> None:
+    """Writes config.json and *.safetensors.
+
+    Args:
+      model: the model.
+      params: {"params": ..., "router": ...}.
+      folder: to be made; an empty one will do.
+      family: a model_type of `moejax.hf.FAMILIES`; None takes that from which the model came.
+      dtype: of the tensors: float32, bfloat16 or float16.
+      options: more options of config.json, such as ids of special tokens; those of the model itself win.
+      shard_bytes: of a file, at most.
+
+    Raises:
+      UserError: a model that the family cannot express, an unknown family or dtype, or a folder with something in it.
+    """
+    folder, name = Path(folder), family or model.model.architecture.family
+    check(name in FAMILIES, f"family={name!r} must be one of {', '.join(FAMILIES)}")
+    check(dtype in DTYPES, f"dtype={dtype!r} must be one of {', '.join(DTYPES)}")
+    check(not folder.exists() or folder.is_dir() and not any(folder.iterdir()),
+          f"{folder}: is not an empty folder; choose another name, nothing is overwritten")
+    chosen = FAMILIES[name]
+    values = express(chosen, name, model)
+    shapes = flat(abstract_variables(model)[0])
+    places = stacks.places(model.model, model.moe)
+    table = tensors.by_disk(chosen.tensors(model.model, model.moe, False))
+    left = set(shapes) - {whole_path(line, places)[0] for lines in table.values() for line in lines}
+    check(not left, f"parameter {'/'.join(min(left, default=()))} has no place in a model of type {name}")
+    variables = flat({"params": params["params"], "router": params["router"]})
+    folder.mkdir(parents=True, exist_ok=True)
+    disk.write(folder, {name: partial(gather, lines, variables, places, DTYPES[dtype]) for name, lines in table.items()},
+               shard_bytes)
+    named = {"model_type": name, "architectures": [chosen.architecture], "torch_dtype": dtype}
+    written = {**(options or {}), **values, **named}
+    written.pop("dtype", None)
+    if "rope_theta" in values:  # two spellings of one thing could contradict each other
+        written.pop("rope_parameters", None)
+    (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n")
+
+
+COMPUTED = ("experts_per_token", "num_experts", "latent_divisor", "shared_experts", "shared_gate", "score", "renormalize",
+            "route_scale", "options", "eval_capacity_factor")
+"""Keys of `config.moe` that change what a model computes, beside widths, routers and which blocks are sparse."""
+
+
+def express(family: Family, name: str, model: transformer.Transformer) -> dict[str, Any]:
+    """The options of config.json. Raises `UserError` if, read again, they would give another model."""
+    try:
+        values = family.write(model.model, model.moe)
+    except (AttributeError, TypeError, ValueError, ZeroDivisionError, IndexError):
+        raise UserError(f"this model cannot be written as a model of type {name}: they have no routers in common") from None
+    again = interpret(family, Options({**values, "model_type": name}, f"as a model of type {name}"))
+    mine = {f"model.{key}": value for key, value in to_dict(model.model).items()} | computed(model.model, model.moe)
+    theirs = {f"model.{key}": value for key, value in to_dict(again.model).items()} | computed(again.model, again.moe)
+    sparse = all(kind.sparse for kind in stacks.kinds(model.model, model.moe))
+    for tree in (mine, theirs):
+        for key in ("dropout", "ffn") if sparse else ("dropout",):
+            del tree[f"model.{key}"]
+    mine, theirs = flatten(mine), flatten(theirs)
+    for key in sorted(mine.keys() | theirs.keys()):
+        one, other = mine.get(key), theirs.get(key)
+        floats = isinstance(one, float) and isinstance(other, float)
+        same = math.isclose(one, other, rel_tol=1e-9) if floats else one == other
+        check(same or key == "model.architecture.family",
+              f"config.{key}={one!r} cannot be written as a model of type {name}, which would have {other!r}")
+    return values
+
+
+def computed(model: ModelConfig, moe: MoEConfig) -> dict[str, Any]:
+    """What of the sparse blocks changes the model's outputs, by the names of the keys."""
+    listed = stacks.kinds(model, moe)
+    if not any(kind.sparse for kind in listed):
+        return {"moe.every": 0}
+    hidden, own = moe.ffn or model.ffn, to_dict(moe)
+    return {"moe.every": tuple(kind.sparse for kind in listed), "moe.ffn": hidden,
+            "moe.router": get_router(moe.router).route,
+            "moe.shared_ffn": (moe.shared_ffn or moe.shared_experts * hidden) if moe.shared_experts else 0,
+            "moe.bias_rate": moe.bias_rate > 0} | {f"moe.{key}": own[key] for key in COMPUTED}
+
+
+def gather(lines: Sequence[tensors.Tensor], variables: Mapping[tuple[str, ...], Any],
+           places: Sequence[tuple[str, str, int]], dtype: Any) -> np.ndarray:
+    """A tensor as it lies on disk, of the parameters of which it is made."""
+    parts = []
+    for line in sorted(lines, key=lambda line: line.part or (0, 0)):
+        path, repeat = whole_path(line, places)
+        leaf = variables[path]
+        index = tuple(slice(None) if i is None else i for i in line.at)
+        piece = np.asarray(leaf[index] if repeat is None else leaf[(repeat, *index)])
+        parts.append((line.axis, tensors.to_disk(line, piece)))
+    return np.concatenate([part for _, part in parts], axis=parts[0][0]).astype(dtype) if len(parts) > 1 else (
+        parts[0][1].astype(dtype))

@@ -1,0 +1,131 @@
+"""A block of the Transformer, and a run of blocks as it is scanned."""
+
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from moejax.config import ModelConfig, MoEConfig
+from moejax.layers.attention import Attention, Cache, Sight
+from moejax.layers.latent import LatentAttention
+from moejax.layers.mlp import FeedForward, dropout
+from moejax.layers.norm import make_norm
+from moejax.models.depths import DepthRouted
+from moejax.models.stacks import Kind
+from moejax.moe import routing
+from moejax.moe.layer import MixtureOfExperts
+from moejax.moe.types import LayerRecord, RoutingContext
+
+REMAT_POLICIES = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+"""What the backward pass may keep from a block, by the names of config.train.remat."""
+
+
+class Block(nn.Module):
+    """Attention and a feed-forward layer, each added to the residual stream, with a norm before each or after.
+
+    Attributes:
+      model, moe: settings.
+      kind: of attention, and whether the feed-forward layer is a mixture of experts.
+      dtype: compute type.
+    """
+
+    model: ModelConfig
+    moe: MoEConfig
+    kind: Kind
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x_BLD: Array, carry_TC: Array | None, state: Any, whole: Any, cache: Cache | None, sight: Sight,
+                 at: Array | None, context: RoutingContext) -> tuple[Array, Array | None, LayerRecord | None, Any]:
+        """Returns [B, L, D], what the next router sees, the record of a sparse layer (else None) and the new cache."""
+        model, moe, design = self.model, self.moe, self.model.architecture
+        out_scale = (2 * model.layers)**-0.5  # keeps the residual stream's variance independent of depth
+        drop_key = self.make_rng("dropout") if context.train and model.dropout > 0 else None
+        attention_key, feed_forward_key = (None, None) if drop_key is None else jax.random.split(drop_key)
+        attention_norm, feed_forward_norm = (
+            make_norm(design.norm, model.norm_eps, name) for name in ("attention_norm", "feed_forward_norm"))
+
+        def add(x_BLD: Array, y_BLD: Array, key: Array | None) -> Array:
+            y_BLD = dropout(y_BLD, model.dropout, key)
+            return x_BLD + (y_BLD if design.residual_multiplier == 1 else y_BLD * design.residual_multiplier)
+
+        attention = (LatentAttention if design.latent.rank else Attention)(
+            model, self.kind.attention, out_scale, self.dtype, name="attention")
+        y_BLD, cache = attention(x_BLD if design.norm_after else attention_norm(x_BLD), sight, cache, at)
+        x_BLD = add(x_BLD, attention_norm(y_BLD) if design.norm_after else y_BLD, attention_key)
+
+        h_BLD = x_BLD if design.norm_after else feed_forward_norm(x_BLD)
+        if not self.kind.sparse:
+            y_BLD, record = FeedForward(model.ffn, out_scale, self.dtype, design, name="feed_forward")(h_BLD), None
+        else:
+            hidden = moe.ffn or model.ffn
+            y_BLD, record, carry_TC = MixtureOfExperts(moe, hidden, out_scale, self.dtype, design, name="moe")(
+                h_BLD, state, context.replace(whole=whole, carry_TC=carry_TC))
+            if moe.shared_experts:
+                width = moe.shared_ffn or moe.shared_experts * hidden
+                shared_BLD = FeedForward(width, out_scale, self.dtype, design, name="shared")(h_BLD)
+                y_BLD = with_shared(moe.shared_gate, y_BLD, shared_BLD, self.shared_logits(h_BLD))
+        return (add(x_BLD, feed_forward_norm(y_BLD) if design.norm_after else y_BLD, feed_forward_key), carry_TC, record,
+                cache)
+
+    def shared_logits(self, h_BLD: Array) -> Array | None:
+        """Scores of the shared experts (sigmoid), or of them and the routed ones (softmax), for each token, float32."""
+        count = {"none": 0, "sigmoid": 1, "softmax": 2}[self.moe.shared_gate]
+        if count == 0:
+            return None
+        w_DC = self.param("shared_gate", nn.with_logical_partitioning(
+            nn.initializers.normal(self.model.embed**-0.5), ("embed", "router")), (self.model.embed, count))
+        return h_BLD.astype(jnp.float32) @ w_DC
+
+
+def passes_blocks(moe: MoEConfig) -> bool:
+    """Whether the router lets tokens pass whole blocks, the sparse ones, rather than sends them to experts in these."""
+    return routing.get_router(moe.router).level == "block"
+
+
+class Run(nn.Module):
+    """One repeat of a stack: its blocks in order, with the state, loads and caches of this repeat."""
+
+    model: ModelConfig
+    moe: MoEConfig
+    kinds: tuple[Kind, ...]
+    dtype: Any
+    remat: str
+
+    @nn.compact
+    def __call__(self, stream: tuple[Array, Array | None], per_layer: tuple[dict, dict, dict], *shared: Any
+                 ) -> tuple[tuple[Array, Array | None], tuple[dict, dict]]:
+        """Takes and returns [B, L, D] and what routers hand on; and returns, by block name, records and caches."""
+        (x_BLD, carry_TC), (states, wholes, caches) = stream, per_layer
+        records, new_caches = {}, {}
+        for j, kind in enumerate(self.kinds):
+            name = f"block_{j}"
+            block, settings = Block, (self.model, self.moe, kind, self.dtype)
+            if kind.sparse and passes_blocks(self.moe):
+                block, settings = DepthRouted, (self.moe, partial(Block, self.model, self.moe, kind._replace(sparse=False),
+                                                                  self.dtype))
+            if self.remat != "none":
+                block = nn.remat(block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+            x_BLD, carry_TC, record, cache = block(*settings, name=name)(
+                x_BLD, carry_TC, states.get(name, {}), wholes.get(name), caches.get(name), *shared)
+            if record is not None:
+                records[name] = record
+            if cache is not None:
+                new_caches[name] = cache
+        return (x_BLD, carry_TC), (records, new_caches)
+
+
+def with_shared(gate: str, routed_BLD: Array, shared_BLD: Array, logits_BLC: Array | None) -> Array:
+    """Adds the shared experts' output to the routed ones': as it is, or weighted; see `config.moe.shared_gate`."""
+    if gate == "none":
+        return routed_BLD + shared_BLD
+    if gate == "sigmoid":
+        return routed_BLD + jax.nn.sigmoid(logits_BLC).astype(shared_BLD.dtype) * shared_BLD
+    share_BL2 = jax.nn.softmax(logits_BLC).astype(shared_BLD.dtype)
+    return share_BL2[..., :1] * routed_BLD + share_BL2[..., 1:] * shared_BLD

@@ -1,0 +1,220 @@
+"""Makes the tiny checkpoints in this folder's `golden/`, with what transformers computes of them.
+
+    pip install torch==2.13.0 transformers==5.24.0 && python tests/hf/make_golden.py [NAME ...]
+
+Each folder NAME holds config.json and model.safetensors as transformers saves them, and golden.npz:
+
+    ids, mask, left_ids, left_mask    three prompts padded on the right, and on the left
+    logits, left_logits               float32; those at padding mean nothing
+    combine_N                         [tokens, experts] of the N-th sparse layer, right-padded: each expert's weight
+    greedy                            eight tokens a prompt, each alone, with the key-value cache
+    loss                              mean next-token loss of the right-padded batch
+    versions                          of torch and transformers
+
+All parameters are random, norms, biases, sinks and selection biases too, in values that bfloat16 holds. NAME_square has
+as many sizes equal as its family allows, where NAME has as many as possible different, and is stored in bfloat16.
+"""
+
+import json
+import shutil
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from transformers.utils import logging
+
+FOLDER = Path(__file__).parent / "golden"
+NEW = 8
+ODD = dict(vocab_size=44, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+           max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+SQUARE = dict(ODD, vocab_size=16, hidden_size=16, num_attention_heads=2)
+ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}
+YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "beta_fast": 8.0, "beta_slow": 1.0,
+        "original_max_position_embeddings": 16}
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 16}
+HEAD = {"head_dim": (10, 8)}
+"""A pair is the value of the odd and of the square form."""
+DENSE = {"intermediate_size": (34, 16)}
+NARROW = {"intermediate_size": (14, 16)}
+SMALL = {"moe_intermediate_size": (14, 16), "intermediate_size": (34, 16)}
+LOCAL = {"num_local_experts": 6, "num_experts_per_tok": 2}
+PLAIN = {"num_experts": 6, "num_experts_per_tok": 2}
+GROUPS = {"n_routed_experts": 6, "num_experts_per_tok": 2, "n_group": 3, "topk_group": 2, "n_shared_experts": 2,
+          "first_k_dense_replace": 1, "routed_scaling_factor": 1.7}
+LATENT = {"num_key_value_heads": (4, 2), "q_lora_rank": (18, 16), "kv_lora_rank": (12, 16), "qk_nope_head_dim": (6, 8),
+          "qk_rope_head_dim": (4, 8), "v_head_dim": (7, 16)}
+ALTERNATING = ["sliding_attention", "full_attention"]
+
+MODELS = {
+    "gpt2": ("GPT2", dict(vocab_size=(44, 16), n_embd=(24, 16), n_head=(4, 2), n_layer=2, n_positions=(40, 24),
+                          n_inner=(34, 16), pad_token_id=0, bos_token_id=1, eos_token_id=2)),
+    "llama": ("Llama", HEAD | DENSE | ROPE | {"tie_word_embeddings": False}),
+    "llama3_tied": ("Llama", HEAD | DENSE | {"rope_parameters": LLAMA3, "attention_bias": True, "mlp_bias": True,
+                                             "tie_word_embeddings": True}),
+    "llama_linear": ("Llama", HEAD | DENSE | {"rope_parameters": {
+        "rope_type": "linear", "rope_theta": 500.0, "factor": 3.0}}),
+    "llama_yarn": ("Llama", HEAD | DENSE | {"rope_parameters": YARN}),
+    "mistral": ("Mistral", HEAD | DENSE | ROPE | {"sliding_window": 4}),
+    "qwen2": ("Qwen2", DENSE | ROPE),
+    "qwen3": ("Qwen3", HEAD | DENSE | ROPE),
+    "mixtral": ("Mixtral", HEAD | NARROW | LOCAL | ROPE | {"sliding_window": 4, "router_aux_loss_coef": 0.02}),
+    "qwen2_moe": ("Qwen2Moe", SMALL | PLAIN | ROPE | {"shared_expert_intermediate_size": (20, 16), "num_hidden_layers": 3,
+                                                      "mlp_only_layers": [1], "norm_topk_prob": False}),
+    "qwen3_moe": ("Qwen3Moe", HEAD | SMALL | PLAIN | ROPE | {"norm_topk_prob": True, "decoder_sparse_step": 2}),
+    "olmoe": ("Olmoe", NARROW | PLAIN | ROPE | {"clip_qkv": 0.8}),
+    "flex_olmo": ("FlexOlmo", NARROW | PLAIN | ROPE),
+    "deepseek_v2": ("DeepseekV2", LATENT | SMALL | GROUPS | ROPE | {"topk_method": "group_limited_greedy",
+                                                                    "attention_bias": True}),
+    "deepseek_v2_lite": ("DeepseekV2", LATENT | SMALL | GROUPS | {
+        "topk_method": "greedy", "q_lora_rank": None, "rope_parameters": YARN | {"mscale": 0.8, "mscale_all_dim": 0.7}}),
+    "deepseek_v3": ("DeepseekV3", LATENT | SMALL | GROUPS | {"attention_bias": True, "rope_parameters": YARN | {
+        "mscale": 0.8, "mscale_all_dim": 1.0}}),
+    "glm4_moe": ("Glm4Moe", HEAD | SMALL | GROUPS | {"use_qk_norm": True, "attention_bias": True, "rope_parameters": {
+        "rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": (0.6, 0.5)}}),
+    "dots1": ("Dots1", HEAD | SMALL | GROUPS | ROPE | {"sliding_window": None}),
+    "gpt_oss": ("GptOss", HEAD | NARROW | LOCAL | {"sliding_window": 4, "swiglu_limit": 1.0, "layer_types": ALTERNATING,
+                                                   "rope_parameters": YARN | {"truncate": False}}),
+    "granitemoe": ("GraniteMoe", NARROW | LOCAL | ROPE | dict(
+        embedding_multiplier=3.0, logits_scaling=2.0, residual_multiplier=0.6, attention_multiplier=0.2,
+        tie_word_embeddings=True)),
+    "granitemoeshared": ("GraniteMoeShared", NARROW | LOCAL | ROPE | dict(
+        embedding_multiplier=3.0, logits_scaling=2.0, residual_multiplier=0.6, attention_multiplier=0.2,
+        shared_intermediate_size=(20, 16), tie_word_embeddings=False)),
+    "phimoe": ("Phimoe", NARROW | LOCAL | ROPE | {
+        "attention_bias": True, "lm_head_bias": True, "router_jitter_noise": 0.1}),
+    "llama4": ("Llama4Text", HEAD | ROPE | {
+        "intermediate_size": (14, 16), "intermediate_size_mlp": (34, 16), "num_local_experts": 6, "num_experts_per_tok": 1,
+        "num_hidden_layers": 3, "moe_layers": [1, 2], "no_rope_layers": [1, 1, 0], "attention_chunk_size": 4,
+        "floor_scale": 3, "attn_scale": 0.3, "attn_temperature_tuning": True}),
+    "minimax_m2": ("MiniMaxM2", HEAD | NARROW | LOCAL | {"rope_parameters": {
+        "rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": (0.6, 0.5)}}),
+    "ernie4_5_moe": ("Ernie4_5_Moe", SMALL | ROPE | dict(
+        moe_k=2, moe_num_experts=6, moe_num_shared_experts=2, use_bias=True, moe_layer_start_index=1)),
+    "hunyuan_v1_moe": ("HunYuanMoEV1", HEAD | NARROW | ROPE | {"num_experts": 6, "moe_topk": 2}),
+    "dbrx": ("Dbrx", dict(vocab_size=(44, 16), d_model=(24, 16), n_heads=(4, 2), n_layers=2, max_seq_len=64, pad_token_id=0,
+                          bos_token_id=1, eos_token_id=2, rope_parameters=ROPE["rope_parameters"],
+                          attn_config={"kv_n_heads": 2, "clip_qkv": 2.0, "rope_theta": 500.0},
+                          ffn_config={"ffn_hidden_size": (14, 16), "moe_num_experts": 6, "moe_top_k": 2,
+                                      "ffn_act_fn": {"name": "silu"}})),
+}
+
+
+def form(value, square):
+    """Settings of the odd or the square form."""
+    if isinstance(value, dict):
+        return {name: form(inner, square) for name, inner in value.items()}
+    return value[square] if isinstance(value, tuple) else value
+
+
+def randomise(net, seed):
+    """Random values that bfloat16 holds; those of size 1 stay near 1, and selection biases change some choices."""
+    generator = torch.Generator().manual_seed(seed)
+    named = dict(net.named_parameters()) | {name: b for name, b in net.named_buffers() if name in net.state_dict()}
+    with torch.no_grad():
+        for name, p in named.items():
+            draw = torch.randn(p.shape, generator=generator)
+            if "correction_bias" in name:
+                value = (0.02 if net.config.model_type == "ernie4_5_moe" else 0.1) * draw
+            elif "norm" in name.lower() or ".ln_" in name:
+                value = 0.3 * draw + (0 if name.endswith("bias") else 1)
+            elif p.ndim == 1 or name.endswith("bias"):
+                value = 0.3 * draw
+            elif "embed" in name or "wte" in name or "wpe" in name:
+                value = draw
+            else:
+                value = 1.5 * draw / p.shape[-1]**0.5
+            p.copy_(value.bfloat16().float())
+
+
+class Combine:
+    """Records, as a dense matrix, the weights that each router hands out."""
+
+    def __init__(self, net):
+        self.found = []
+        for module in net.modules():
+            if "Router" in type(module).__name__ or type(module).__name__ == "HunYuanMoEV1Gate":
+                module.register_forward_hook(self.hook)
+
+    def hook(self, module, inputs, outputs):
+        """Keeps what one router returned."""
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        chosen = [o for o in outputs if not o.is_floating_point()]
+        if chosen:
+            experts = next(o for o in outputs if o.is_floating_point()).shape[-1]
+            weights = [o for o in outputs if o.is_floating_point() and o.shape == chosen[0].shape][-1]
+            dense = torch.zeros(chosen[0].shape[0], experts).scatter(1, chosen[0], weights.float())
+            self.found.append(dense.numpy())
+        elif type(module).__name__ == "Llama4Router":
+            self.found.append(outputs[0].float().numpy())
+
+
+def make(name, kind, settings, square):
+    """Writes one folder. Tries seeds until routing and greedy tokens are far from ties."""
+    base = {} if kind in ("GPT2", "Dbrx") else SQUARE if square else ODD
+    classes = {"GPT2": "GPT2LMHeadModel", "Llama4Text": "Llama4ForCausalLM"}
+    config = getattr(transformers, f"{kind}Config")(**base | form(settings, square))
+    config._attn_implementation = config._experts_implementation = "eager"
+    for seed in range(200):
+        torch.manual_seed(0)
+        net = getattr(transformers, classes.get(kind, f"{kind}ForCausalLM"))(config).eval()
+        randomise(net, zlib.crc32(name.encode()) + seed)
+        arrays, margin = run(net, config.vocab_size, seed)
+        reached = [(a != 0).any(axis=0).all() for key, a in arrays.items() if key.startswith("combine")]
+        if margin > 0.01 and all(reached):
+            break
+    folder = FOLDER / name
+    shutil.rmtree(folder, ignore_errors=True)
+    if square:
+        net.bfloat16()
+    net.save_pretrained(folder)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    np.savez_compressed(folder / "golden.npz", **arrays, versions=json.dumps(
+        {"torch": torch.__version__, "transformers": transformers.__version__}))
+    print(f"{name}: seed {seed}, margin {margin:.3f}, routers {len(reached)}, deviation of logits "
+          f"{arrays['logits'].std():.2f}", flush=True)
+
+
+def run(net, vocab, seed):
+    """What golden.npz holds, and the least lead of a chosen token or expert over the next."""
+    lengths, length = (9, 6, 4), 9
+    draws = np.random.default_rng(seed)
+    rows = [draws.integers(3, vocab, n) for n in lengths]
+    ids, left = np.zeros((3, length), np.int64), np.zeros((3, length), np.int64)
+    mask, left_mask = np.zeros((3, length), np.int64), np.zeros((3, length), np.int64)
+    for b, row in enumerate(rows):
+        ids[b, :len(row)], mask[b, :len(row)] = row, 1
+        left[b, length - len(row):], left_mask[b, length - len(row):] = row, 1
+    arrays = {"ids": ids, "mask": mask, "left_ids": left, "left_mask": left_mask}
+    with torch.no_grad():
+        combine = Combine(net)
+        labels = torch.tensor(np.where(mask == 1, ids, -100))
+        out = net(input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask), labels=labels, use_cache=False)
+        arrays |= {f"combine_{n}": a.reshape(3 * length, -1) for n, a in enumerate(combine.found)}
+        arrays |= {"logits": out.logits.numpy(), "loss": out.loss.numpy()}
+        positions = torch.tensor(np.maximum(left_mask.cumsum(1) - 1, 0))
+        arrays["left_logits"] = net(input_ids=torch.tensor(left), attention_mask=torch.tensor(left_mask),
+                                    position_ids=positions, use_cache=False).logits.numpy()
+        greedy, margins = [], []
+        for row in rows:
+            made = net.generate(input_ids=torch.tensor(row[None]), attention_mask=torch.ones(1, len(row), dtype=torch.long),
+                                max_new_tokens=NEW, do_sample=False, eos_token_id=None, pad_token_id=0, output_logits=True,
+                                return_dict_in_generate=True)
+            greedy.append(made.sequences[0, -NEW:].numpy())
+            top = torch.stack(made.logits)[:, 0].topk(2).values
+            margins.append(float((top[:, 0] - top[:, 1]).min()))
+    arrays["greedy"] = np.stack(greedy)
+    return arrays, min(margins)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    logging.disable_progress_bar()
+    for name, (kind, settings) in MODELS.items():
+        for square in (False, True):
+            full = f"{name}_square" if square else name
+            if not sys.argv[1:] or full in sys.argv[1:]:
+                make(full, kind, settings, square)

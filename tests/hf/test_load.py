@@ -1,0 +1,240 @@
+"""Reading and writing checkpoints: what is refused, where arrays go, and the command line."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from tiny import tiny_config, tiny_model
+
+import moejax
+from moejax import sharding
+from moejax.config import MeshConfig, UserError
+from moejax.evaluation.load import abstract_variables
+from moejax.hf import tensors
+from moejax.hf.__main__ import main
+from moejax.hf.families import FAMILIES
+from moejax.hf.load import flat, from_hf, line_shape, read_config, whole_path
+from moejax.hf.save import gather
+from moejax.main import main as command_line
+from moejax.models import stacks, transformer
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def changed(tmp_path, name="mixtral", config=None, edit=None):
+    """A copy of a golden checkpoint with options and tensors changed."""
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(GOLDEN / name, folder)
+    options = json.loads((folder / "config.json").read_text()) | (config or {})
+    (folder / "config.json").write_text(json.dumps(options))
+    held = load_file(folder / "model.safetensors")
+    if edit:
+        edit(held)
+    save_file(held, folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("edit, message", [
+    (lambda held: held.pop("model.layers.1.block_sparse_moe.experts.3.w2.weight"),
+     r"tensor model\.layers\.1\.block_sparse_moe\.experts\.3\.w2\.weight is missing \(1 in all\)"),
+    (lambda held: held.update({"model.layers.1.extra": np.zeros(3, np.float32)}),
+     r"tensor model\.layers\.1\.extra is not part of the model"),
+    (lambda held: held.update({"model.norm.weight": np.zeros(25, np.float32)}),
+     r"tensor model\.norm\.weight has shape \(25,\), but by config\.json it should be \(24,\)"),
+    (lambda held: held.update({"lm_head.weight": held["lm_head.weight"].T.copy()}), r"lm_head\.weight has shape \(24, 44"),
+    (lambda held: held.update({"model.norm.weight": np.full(24, np.nan, np.float32)}), "norm.weight holds values that are"),
+    (lambda held: held.update({"model.norm.weight": np.zeros(24, np.int32)}), "norm.weight is of type I32"),
+])
+def test_tensors_that_are_not_as_they_should_be_are_named(edit, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        from_hf(changed(tmp_path, edit=edit))
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"model_type": "mamba"}, "model_type='mamba' is not implemented"),
+    ({"architectures": ["MixtralForSequenceClassification"]}, "is not implemented, only MixtralForCausalLM"),
+    ({"hidden_act": "relu"}, "option hidden_act='relu' is not supported"),
+    ({"attention_bias": True}, "option attention_bias=True is not implemented"),
+    ({"quantization_config": {"quant_method": "gptq"}}, "dequantise"),
+    ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1.0}}, "rope_type='longrope' is not implemented"),
+    ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "beta": 3.0}}, r"rope_parameters\.beta=3\.0"),
+    ({"router_jitter_noise": 0.1}, "router_jitter_noise=0.1 is not supported"),
+    ({"num_experts_per_tok": 9}, "more than config.moe.num_experts=6"),
+    ({"vocab_size": "many"}, "must be of type int"),
+])
+def test_options_that_are_not_implemented_are_named(options, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        read_config(changed(tmp_path, config=options))
+
+
+def test_an_option_without_a_default_is_named_if_it_is_missing(tmp_path):
+    folder = changed(tmp_path)
+    options = json.loads((folder / "config.json").read_text())
+    del options["num_local_experts"]
+    (folder / "config.json").write_text(json.dumps(options))
+    with pytest.raises(UserError, match="option 'num_local_experts' is missing"):
+        read_config(folder)
+
+
+def test_older_spellings_of_the_rotary_embedding_are_the_same(tmp_path):
+    folder = changed(tmp_path, "deepseek_v3")
+    options = json.loads((folder / "config.json").read_text())
+    rope = options.pop("rope_parameters")
+    options |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": {"type": rope.pop("rope_type"), **rope}}
+    (folder / "config.json").write_text(json.dumps(options))
+    assert read_config(folder)[1] == read_config(GOLDEN / "deepseek_v3")[1]
+
+
+def test_an_index_may_not_name_files_elsewhere(tmp_path):
+    folder = changed(tmp_path)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../model.safetensors"}}))
+    with pytest.raises(UserError, match="which is not a file of the folder"):
+        from_hf(folder)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x00" * 8, b"\xff" * 100, b'{"a": 1}'])
+def test_a_damaged_file_is_named(content, tmp_path):
+    folder = changed(tmp_path)
+    (folder / "model.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match=r"model\.safetensors: cannot be read"):
+        from_hf(folder)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3", "gpt_oss"])
+def test_experts_of_a_layer_in_one_tensor_give_the_same(name, tmp_path):
+    """As transformers holds them in memory, where that differs from the disk."""
+    model, params = from_hf(GOLDEN / name)
+    places, leaves = stacks.places(model.model, model.moe), {}
+    for key, lines in tensors.by_disk(FAMILIES[read_config(GOLDEN / name)[0].model_type].tensors(
+            model.model, model.moe, True)).items():
+        leaves[key] = np.ascontiguousarray(gather(lines, flat(params), places, np.float32))
+    folder = tmp_path / "fused"
+    folder.mkdir()
+    shutil.copy(GOLDEN / name / "config.json", folder)
+    save_file(leaves, folder / "model.safetensors")
+    again = from_hf(folder)[1]
+    jax.tree.map(np.testing.assert_array_equal, params, again)
+
+
+@pytest.mark.parametrize("name", ["qwen2_moe", pytest.param("deepseek_v3", marks=pytest.mark.slow)])
+def test_on_eight_devices_every_parameter_is_the_same_and_split(name):
+    mesh = sharding.make_mesh(MeshConfig(data=2, expert=2, model=2))
+    model, params = from_hf(GOLDEN / name, mesh)
+    alone = from_hf(GOLDEN / name)[1]
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), params, alone)
+    w_in = params["params"]["stack_0"]["block_0"]["moe"]["w_in"]
+    assert len({str(shard.index) for shard in w_in.addressable_shards}) == 8
+    golden = np.load(GOLDEN / name / "golden.npz")
+    with jax.set_mesh(mesh):
+        logits = moejax.logits(model, params, golden["ids"], golden["mask"])
+    real = golden["mask"] == 1
+    np.testing.assert_allclose(np.asarray(logits)[real], golden["logits"][real], atol=1e-4)
+
+
+def test_every_element_of_every_parameter_is_filled_once():
+    """For every family: nothing of the model stays at zero, nothing is written twice."""
+    for folder in GOLDEN.iterdir():
+        family, config = read_config(folder)
+        model = transformer.build(config)
+        leaves, places = flat(abstract_variables(model)[0]), stacks.places(model.model, model.moe)
+        for other in (False, True):
+            filled = {path: np.zeros(leaf.shape, int) for path, leaf in leaves.items()}
+            for line in family.tensors(model.model, model.moe, other):
+                path, repeat = whole_path(line, places)
+                index = tuple(slice(None) if i is None else i for i in line.at)
+                where = filled[path][index if repeat is None else (repeat, *index)]
+                assert where.shape == line_shape(line, leaves[path].shape, repeat)
+                where += 1
+            for path, count in filled.items():
+                assert (count == 1).all(), (folder.name, path)
+
+
+def test_a_model_that_a_family_cannot_express_is_refused(tmp_path):
+    model, params = from_hf(GOLDEN / "qwen3")
+    with pytest.raises(UserError, match="config.model.qk_norm=True cannot be written as a model of type llama"):
+        moejax.to_hf(model, params, tmp_path / "out", family="llama")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match="family='lama' must be one of"):
+        moejax.to_hf(model, params, tmp_path / "out", family="lama")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    with pytest.raises(UserError, match="nothing is overwritten"):
+        moejax.to_hf(model, params, tmp_path / "full")
+
+
+def test_the_command_line_imports_and_exports(tmp_path, capsys):
+    source = changed(tmp_path, "qwen2_moe_square")
+    assert main(["import", str(source), str(tmp_path / "run")]) == 0
+    assert "qwen2_moe: " in capsys.readouterr().out
+    model, variables = moejax.load(tmp_path / "run")
+    golden = np.load(GOLDEN / "qwen2_moe_square" / "golden.npz")
+    real = golden["mask"] == 1
+    got = moejax.logits(model, variables, golden["ids"], golden["mask"])
+    np.testing.assert_allclose(np.asarray(got)[real], golden["logits"][real], atol=1e-4)
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "out")]) == 0
+    before, after = (load_file(folder / "model.safetensors") for folder in (source, tmp_path / "out"))
+    assert before.keys() == after.keys()
+    assert all(before[key].tobytes() == after[key].tobytes() for key in before)
+    options = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert options["eos_token_id"] == 2 and options["torch_dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["import", "nowhere", "run"], "nowhere: no such folder"),
+    (["import", "source", "source"], "nothing is overwritten"),
+    (["export", "nowhere", "out"], "no such folder; train first"),
+])
+def test_what_cannot_be_is_one_line_and_status_two_and_nothing_written(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(GOLDEN / "llama", "source")
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+def test_a_failed_import_leaves_nothing(tmp_path, capsys):
+    source = changed(tmp_path, edit=lambda held: held.pop("lm_head.weight"))
+    assert main(["import", str(source), str(tmp_path / "run")]) == 2
+    assert "lm_head.weight is missing" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory):
+    """A folder with text, and `open`, imported from a random model of 257 ids, written as a Mixtral."""
+    folder = tmp_path_factory.mktemp("imported")
+    (folder / "text.jsonl").write_text("\n".join(json.dumps({"text": f"number {i} and {i * i}"}) for i in range(40)))
+    model, params, state = tiny_model(tiny_config(
+        model__vocab_size=257, model__layers=2, model__qk_norm=False, model__tie_embeddings=False, moe__every=1,
+        moe__first_dense=0, moe__router="mixtral"))
+    moejax.to_hf(model, {"params": params, "router": state}, folder / "checkpoint", family="mixtral")
+    assert main(["import", str(folder / "checkpoint"), str(folder / "open")]) == 0
+    return folder
+
+
+def run(folder, capfd, workdir, *flags):
+    """Exit status and stderr of a training run that starts from the imported model."""
+    status = command_line(["moejax", f"--config={folder}/open/config.json", f"--workdir={folder}/{workdir}",
+                           f"--config.data.source={folder}/text.jsonl", "--config.data.tokenizer=bytes",
+                           "--config.data.length=16", "--config.data.eval_fraction=0.3", "--config.train.steps=1", *flags])
+    return status, capfd.readouterr().err
+
+
+def test_training_starts_from_the_imported_parameters(imported, capfd):
+    assert run(imported, capfd, "tuned", "--config.optimizer.learning_rate=0", "--config.mesh.data=1",
+               "--config.mesh.replica=-1")[0] == 0
+    before, after = (moejax.load(imported / name)[1]["params"] for name in ("open", "tuned"))
+    jax.tree.map(np.testing.assert_array_equal, before, after)
+
+
+def test_training_in_the_imported_folder_or_another_model_is_refused(imported, capfd):
+    status, error = run(imported, capfd, "open")
+    assert status == 2 and "another --workdir" in error
+    status, error = run(imported, capfd, "other", "--config.model.ffn=99", "--config.moe.ffn=98")
+    assert status == 2 and "is another model" in error and "has shape" in error
+    assert not (imported / "other").exists()

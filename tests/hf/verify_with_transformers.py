@@ -1,0 +1,110 @@
+"""Holds what moejax writes against transformers itself, where the test suite only has golden files.
+
+    pip install torch==2.13.0 transformers==5.24.0 && pip install -e . && python tests/hf/verify_with_transformers.py
+
+For every golden checkpoint: import, export, load with transformers without a missing or unexpected key, and compare logits.
+Then 20 steps of AdamW from the same checkpoint on the same batches, here and in torch, for one dense and two sparse
+families: prints the largest difference of the losses.
+"""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import torch
+import transformers
+
+from moejax.hf.load import from_hf
+from moejax.hf.save import to_hf
+
+GOLDEN = Path(__file__).parent / "golden"
+STEPS, RATE, DECAY, BETAS, EPS = 20, 1e-3, 0.1, (0.9, 0.95), 1e-8
+
+
+def exported(name, folder):
+    """Largest difference of logits between the golden ones and transformers' own of the exported checkpoint."""
+    model, params = from_hf(GOLDEN / name)
+    to_hf(model, params, folder, dtype="bfloat16" if name.endswith("_square") else "float32")
+    architecture = json.loads((folder / "config.json").read_text())["architectures"][0]
+    net, info = getattr(transformers, architecture).from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager",
+        output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), (name, info)
+    golden = np.load(GOLDEN / name / "golden.npz")
+    with torch.no_grad():
+        out = net.eval()(input_ids=torch.tensor(golden["ids"]), attention_mask=torch.tensor(golden["mask"]))
+    return np.abs(out.logits.numpy() - golden["logits"])[golden["mask"] == 1].max()
+
+
+def batches(vocab):
+    """Random tokens, all real."""
+    return np.random.default_rng(0).integers(3, vocab, (STEPS, 4, 12))
+
+
+def theirs(name, tokens):
+    """Losses of torch's AdamW on transformers' model."""
+    architecture = json.loads((GOLDEN / name / "config.json").read_text())["architectures"][0]
+    net = getattr(transformers, architecture).from_pretrained(
+        GOLDEN / name, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager").train()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=RATE, betas=BETAS, eps=EPS, weight_decay=DECAY)
+    losses = []
+    for batch in tokens:
+        loss = net(input_ids=torch.tensor(batch), labels=torch.tensor(batch)).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return np.array(losses)
+
+
+def ours(name, tokens):
+    """Losses of optax's AdamW on the imported model; every parameter decays, as in torch."""
+    model, variables = from_hf(GOLDEN / name)
+    optimizer = optax.adamw(RATE, *BETAS, EPS, weight_decay=DECAY)
+
+    def loss_of(params, batch):
+        positions = jnp.broadcast_to(jnp.arange(batch.shape[1]), batch.shape)
+        output = model.apply({"params": params}, batch, positions, jnp.ones_like(batch), variables["router"], train=True)
+        log_probs = jax.nn.log_softmax(output.logits_BLV[:, :-1])
+        return -jnp.mean(jnp.take_along_axis(log_probs, batch[:, 1:, None], axis=-1))
+
+    @jax.jit
+    def step(params, state, batch):
+        loss, gradient = jax.value_and_grad(loss_of)(params, batch)
+        updates, state = optimizer.update(gradient, state, params)
+        return optax.apply_updates(params, updates), state, loss
+
+    params, losses = variables["params"], []
+    state = optimizer.init(params)
+    for batch in tokens:
+        params, state, loss = step(params, state, jnp.asarray(batch, jnp.int32))
+        losses.append(float(loss))
+    return np.array(losses)
+
+
+def main():
+    """Prints a line for each check, and raises at the first that fails."""
+    torch.set_num_threads(1)
+    transformers.utils.logging.disable_progress_bar()
+    print(f"torch {torch.__version__}, transformers {transformers.__version__}, jax {jax.__version__}")
+    names = sys.argv[1:] or sorted(path.name for path in GOLDEN.iterdir())
+    for name in names:
+        with tempfile.TemporaryDirectory() as folder:
+            difference = exported(name, Path(folder) / "out")
+        print(f"{name}: exported, loaded strictly, logits differ by {difference:.1e}", flush=True)
+        assert difference < 1e-4
+    for name in ("llama", "mixtral", "qwen2_moe"):
+        vocab = json.loads((GOLDEN / name / "config.json").read_text())["vocab_size"]
+        tokens = batches(vocab)
+        a, b = theirs(name, tokens), ours(name, tokens)
+        print(f"{name}: {STEPS} steps of AdamW, losses {a[0]:.4f} to {a[-1]:.4f}, differ by {np.abs(a - b).max():.1e}")
+        assert np.abs(a - b).max() < 1e-4
+
+
+if __name__ == "__main__":
+    main()
