@@ -232,8 +232,12 @@ def nearest(name: str, names: Sequence[str]) -> str:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """The config as nested plain dicts, ready for JSON."""
-    return dataclasses.asdict(config)
+    """The config as nested plain dicts and lists, as JSON gives them back."""
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {name: plain(inner) for name, inner in value.items()}
+        return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+    return plain(dataclasses.asdict(config))
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -53,7 +53,7 @@ def tiny_model(config: Config, seed: int = 0):
         return jnp.float32(rng.normal(size=shape.shape) * config.model.embed**-0.5)
 
     params = jax.tree.map(draw, shapes, logical)
-    return model, params, transformer.initial_router_state(config.model, config.moe)
+    return model, params, transformer.initial_router_state(model.model, model.moe)
 
 
 def relative_errors(got, wanted) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""python -m moejax.hf import HF_DIR WORKDIR | export WORKDIR HF_DIR"""
+"""python -m moejax.hf import HF_DIR WORKDIR | export WORKDIR HF_DIR | upcycle WORKDIR NEW"""
 
 import argparse
 import contextlib
@@ -13,6 +13,7 @@ from moejax.config import UserError, check, nearest
 USAGE = """
   python -m moejax.hf import HF_DIR WORKDIR     a checkpoint with config.json and *.safetensors becomes a workdir
   python -m moejax.hf export WORKDIR HF_DIR     and a workdir becomes such a checkpoint
+  python -m moejax.hf upcycle WORKDIR NEW       a dense model becomes one with experts that computes the same at first
 
 What an imported model is good for:
   python -m moejax.main --workdir=WORKDIR --mode=generate --prompt="..."
@@ -129,6 +130,39 @@ def export_checkpoint(workdir: Path, target: Path, family: str | None, dtype: st
     print(f"{target}: config.json, *.safetensors" + (", tokenizer" if find_tokenizer(target) else ""))
 
 
+def upcycle_workdir(workdir: Path, new: Path, changes: dict[str, Any], how: dict[str, Any], seed: int) -> None:
+    """Makes a workdir with experts of one with a dense model, or nothing. Raises `UserError` as `upcycle` does."""
+    check(not new.exists() or new.is_dir() and not any(new.iterdir()),
+          f"{new}: is not an empty folder; choose another name, nothing is overwritten")
+    import dataclasses
+
+    import jax
+
+    from moejax.checkpoint.store import Store
+    from moejax.checkpoint.workdir import read_config
+    from moejax.config import MoEConfig, build_group
+    from moejax.evaluation.load import load
+    from moejax.models import transformer
+    from moejax.models.upcycle import Upcycling, upcycle
+    model, variables = load(workdir)
+    moe = build_group(MoEConfig, {name: value for name, value in changes.items() if value is not None}, "config.moe")
+    sparse, upcycled = upcycle(model, variables, moe, Upcycling(**how), jax.random.key(seed))
+    design = dataclasses.replace(sparse.model.architecture, family="")
+    config = transformer.resolve(dataclasses.replace(
+        read_config(workdir), model=dataclasses.replace(sparse.model, architecture=design), moe=sparse.moe))
+    with built_beside(new) as part:
+        for name in ("data", ORIGINAL):
+            if (workdir / name).is_dir():
+                shutil.copytree(workdir / name, part / name)
+        store = Store(part)
+        store.save(0, {"model": upcycled}, {"content": None}, None)
+        store.close()
+        write_config(part / "config.json", config, new, find_tokenizer(part / ORIGINAL))
+    count = [sum(leaf.size for leaf in leaves(tree)) for tree in (variables, upcycled)]
+    print(f"{new}: {sparse.moe.num_experts} experts of {sparse.moe.ffn} units a layer; {count[0]:,} parameters became "
+          f"{count[1]:,}")
+
+
 def extra(options: dict[str, Any], family: str) -> dict[str, Any]:
     """Options of the original config.json that say nothing of the model's computation."""
     from moejax.hf.family import WITHOUT_EFFECT
@@ -152,10 +186,28 @@ def main(arguments: Sequence[str]) -> int:
     other.add_argument("--family", help="model_type to write (default: that of the imported model)")
     other.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the tensors (default: as imported)")
     other.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
+    third = commands.add_parser("upcycle", help="a dense model becomes one with experts")
+    third.add_argument("workdir", metavar="WORKDIR", type=Path)
+    third.add_argument("new", metavar="NEW", type=Path)
+    third.add_argument("--experts", type=int, default=8, help="experts in a layer (default: 8)")
+    third.add_argument("--choices", type=int, default=2, help="experts a token (default: 2)")
+    third.add_argument("--router", default="topk", help="a name of python -m moejax.moe.routing (default: topk)")
+    third.add_argument("--every", type=int, default=1, help="every n-th block becomes sparse (default: 1)")
+    third.add_argument("--shared", type=int, help="hidden units of a layer that become a shared expert (default: none)")
+    third.add_argument("--granularity", type=int, default=1, help="shards into which a layer is cut (default: 1)")
+    third.add_argument("--drop", type=float, default=0.0, help="share of each expert's units to draw anew (default: 0)")
+    third.add_argument("--noise", type=float, default=0.0, help="noise over the weights' deviation (default: 0)")
+    third.add_argument("--seed", type=int, default=0)
     given = parser.parse_args(arguments)
     try:
         if given.command == "import":
             import_checkpoint(given.source, given.workdir, given.dtype)
+        elif given.command == "upcycle":
+            changes = {"num_experts": given.experts, "experts_per_token": given.choices, "router": given.router,
+                       "every": given.every, "shared_ffn": given.shared, "renormalize": True,
+                       "shared_experts": 1 if given.shared else None}
+            how = {"granularity": given.granularity, "drop": given.drop, "noise": given.noise}
+            upcycle_workdir(given.workdir, given.new, changes, how, given.seed)
         else:
             export_checkpoint(given.workdir, given.target, given.family, given.dtype, given.step)
     except UserError as error:

@@ -54,7 +54,8 @@ def to_hf(model: transformer.Transformer, params: Mapping[str, Any], folder: str
     disk.write(folder, {name: partial(gather, lines, variables, places, DTYPES[dtype]) for name, lines in table.items()},
                shard_bytes)
     named = {"model_type": name, "architectures": [chosen.architecture], "torch_dtype": dtype}
-    written = {**(options or {}), **values, **named}
+    unknown = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))  # else defaults, which may be no ids at all
+    written = {**unknown, **(options or {}), **values, **named}
     written.pop("dtype", None)
     if "rope_theta" in values:  # two spellings of one thing could contradict each other
         written.pop("rope_parameters", None)

@@ -27,10 +27,11 @@ def stored(workdir) -> Config:
 
 def another(name: str) -> Config:
     """A valid config that differs from the defaults in one key."""
-    field, default = fields()[name], flatten(to_dict(changed_config())).get(name, {"groups": 1})
+    field, default = fields()[name], flatten(to_dict(changed_config())).get(name)
     kind = typing.get_args(field.type)[0] if isinstance(field.type, types.UnionType) else field.type
     candidates = {bool: [True, False], int: [1, 2, 8, 64, 2048], float: [0.5, 2.0],
-                  str: [*field.metadata["choices"], "other", "hash"], typing.Any: [{"groups": 2}]}[kind]
+                  str: [*field.metadata["choices"], "other", "hash"], tuple[int, ...]: [[1]],
+                  typing.Any: [{"sinks": True} if name == "model.architecture" else {"groups": 2}]}[kind]
     for value in candidates:
         try:
             if value != default:

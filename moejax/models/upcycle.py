@@ -1,0 +1,126 @@
+"""From a dense model to one with experts that computes the same at first. Komatsuzaki et al. 2022, arXiv 2212.05055.
+
+Of each dense layer's hidden units the first ones may become a shared expert; the others are cut into `granularity` shards,
+of which each set of as many experts holds a copy. The scores of a set are equal, so a token takes whole sets, and with
+weights that sum to 1 the sum of their outputs is the dense layer's (virtual groups, 2410.07524). `drop` draws a share of
+each expert's units anew (Drop-Upcycling, 2502.19261), and `noise` moves all of them: both make the experts differ, and the
+model no longer the same.
+"""
+
+import dataclasses
+from typing import Any, Mapping, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from moejax.config import AUTO, MoEConfig, check
+from moejax.models import transformer
+from moejax.models.stacks import kinds, places
+from moejax.moe import routing
+
+
+class Upcycling(NamedTuple):
+    """How a dense layer becomes experts.
+
+    Attributes:
+      granularity: shards into which its units are cut; a divisor of the number of experts and of the choices.
+      drop: share of each expert's units that are drawn anew, with the mean and deviation of the old weights.
+      noise: standard deviation of what is added to every weight of an expert, over that of the weights.
+    """
+
+    granularity: int = 1
+    drop: float = 0.0
+    noise: float = 0.0
+
+
+def upcycle(model: transformer.Transformer, variables: Mapping[str, Any], moe: MoEConfig, how: Upcycling, key: Array
+            ) -> tuple[transformer.Transformer, dict[str, Any]]:
+    """A sparse model of a dense one.
+
+    Args:
+      model: without experts.
+      variables: {"params": ..., "router": ...}.
+      moe: of the new model. Its `ffn` is left out: the width of an expert follows from the dense layer; `shared_ffn` says
+        how many units become shared.
+      how: see `Upcycling`.
+      key: PRNG key of the routers and of what is drawn anew.
+
+    Raises:
+      UserError: a model that has experts already, widths that do not divide, or a router whose weights do not sum to 1.
+    """
+    dense, hidden = model.model, model.model.ffn
+    check(not any(kind.sparse for kind in kinds(dense, model.moe)),
+          "this model has experts already; only a dense one can be upcycled")
+    shared = (moe.shared_ffn or 0) if moe.shared_experts not in (0, AUTO) else 0
+    check(bool(shared) == (moe.shared_experts not in (0, AUTO)) and shared < hidden,
+          f"config.moe.shared_ffn={moe.shared_ffn}: with shared experts, say how many of the {hidden} units of a dense "
+          "layer become shared, and leave some to the others")
+    check((hidden - shared) % how.granularity == 0, f"granularity={how.granularity} does not divide the {hidden - shared} "
+          "hidden units that become experts")
+    check(moe.num_experts % how.granularity == 0, f"granularity={how.granularity} does not divide config.moe.num_experts="
+          f"{moe.num_experts}")
+    moe = dataclasses.replace(moe, ffn=(hidden - shared) // how.granularity)
+    moe = routing.resolve(moe)
+    check(bool(moe.shared_experts) == bool(shared), f"config.moe.router={moe.router} has shared experts of its own; set "
+          "config.moe.shared_experts and shared_ffn")
+    check(moe.experts_per_token % how.granularity == 0, f"granularity={how.granularity} does not divide "
+          f"config.moe.experts_per_token={moe.experts_per_token}")
+    check(moe.renormalize and moe.route_scale == 1 and moe.shared_gate == "none" and moe.latent_divisor == 1,
+          "the weights of a token's experts must sum to 1, or the outputs change: set config.moe.renormalize=True, "
+          "route_scale=1, shared_gate=none, latent_divisor=1")
+    check(not dense.architecture.ffn_bias,
+          "the dense layers have biases, which experts cannot share out; only layers without can be upcycled")
+    sparse = model.clone(moe=moe)
+    init_key, key = jax.random.split(key)
+    fresh = transformer.initial_params(sparse, init_key)
+    params = {name: leaf for name, leaf in variables["params"].items() if not name.startswith("stack_")}
+    blocks = []
+    for layer, (here, there, kind) in enumerate(zip(places(dense, model.moe), places(dense, moe), kinds(dense, moe))):
+        old, new = (jax.tree.map(lambda a, r=repeat: a[r], tree[stack][block])
+                    for tree, (stack, block, repeat) in ((variables["params"], here), (fresh, there)))
+        blocks.append(old if not kind.sparse else {name: old[name] for name in old if name != "feed_forward"} | experts_of(
+            old["feed_forward"], new, shared, how, jax.random.fold_in(key, layer)))
+    stacked: dict[str, dict[str, list[Any]]] = {}
+    for (stack, block, _), own in zip(places(dense, moe), blocks):
+        stacked.setdefault(stack, {}).setdefault(block, []).append(own)
+    for stack, runs in stacked.items():
+        params[stack] = {block: jax.tree.map(lambda *layers: jnp.stack(layers), *own) for block, own in runs.items()}
+    return sparse, {"params": params, "router": transformer.initial_router_state(dense, moe)}
+
+
+def experts_of(dense: Mapping[str, Array], new: Mapping[str, Any], shared: int, how: Upcycling, key: Array
+               ) -> dict[str, Any]:
+    """Parameters of a sparse layer (`moe`, and `shared` if there is one) of those of a dense one, and fresh ones."""
+    experts, granularity = new["moe"]["w_in"].shape[0], how.granularity
+    shard_E = jnp.arange(experts) % granularity
+
+    def shards(w: Array, axis: int) -> Array:
+        """[..., units, ...] -> [E, ..., units of a shard, ...]."""
+        routed = jax.lax.slice_in_dim(w, shared, w.shape[axis], axis=axis)
+        return jnp.stack(jnp.split(routed, granularity, axis=axis))[shard_E]
+
+    # A set's weight is spread over its shards, so each counts `granularity` times.
+    w_in_EDGF, w_out_EFD = shards(dense["w_in"], 2), shards(dense["w_out"], 0) * granularity
+    in_key, out_key, drop_key, noise_key = jax.random.split(key, 4)
+    if how.drop > 0:
+        units = w_in_EDGF.shape[3]
+        order_EF = jnp.argsort(jax.random.uniform(drop_key, (experts, units)), axis=1)
+        dropped_EF = order_EF < round(how.drop * units)
+        w_in_EDGF = jnp.where(dropped_EF[:, None, None], redrawn(w_in_EDGF, in_key), w_in_EDGF)
+        w_out_EFD = jnp.where(dropped_EF[:, :, None], redrawn(w_out_EFD, out_key), w_out_EFD)
+    if how.noise > 0:
+        one, other = jax.random.split(noise_key)
+        w_in_EDGF += how.noise * jnp.std(w_in_EDGF) * jax.random.normal(one, w_in_EDGF.shape)
+        w_out_EFD += how.noise * jnp.std(w_out_EFD) * jax.random.normal(other, w_out_EFD.shape)
+    router = {name: jnp.repeat(value[..., ::granularity], granularity, axis=-1) if name.endswith("E") else value
+              for name, value in new["moe"].items() if name.startswith("router_")}
+    moe = {"w_in": w_in_EDGF, "w_out": w_out_EFD} | router
+    if not shared:
+        return {"moe": moe}
+    return {"moe": moe, "shared": {"w_in": dense["w_in"][..., :shared], "w_out": dense["w_out"][:shared]}}
+
+
+def redrawn(w: Array, key: Array) -> Array:
+    """Normal values with the mean and standard deviation of a matrix."""
+    return jnp.mean(w) + jnp.std(w) * jax.random.normal(key, w.shape)
