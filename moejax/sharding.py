@@ -26,6 +26,8 @@ RULES: dict[str, tuple[str, ...]] = {
     "expert_ffn": (axes.MODEL,),
     "gate_up": (),
     "router": (),
+    "latent": (),
+    "positions": (),
 }
 """Logical axis -> the mesh axes over which it is split."""
 

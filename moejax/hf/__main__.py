@@ -20,7 +20,8 @@ What an imported model is good for:
   python -m moejax.main --config=WORKDIR/config.json --workdir=runs/tuned --config.data.source="texts/*.txt"
 """
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "vocab.json",
-                   "merges.txt", "vocab.txt", "spiece.model", "generation_config.json")
+                   "merges.txt", "vocab.txt", "spiece.model", "generation_config.json", "chat_template.jinja",
+                   "added_tokens.json")
 ORIGINAL = "hf"
 """Folder of a workdir that keeps config.json and the tokenizer of the imported checkpoint, for the export."""
 
@@ -83,6 +84,7 @@ def write_config(path: Path, config: Any, workdir: Path, tokenizer: Path | None)
     """Writes config.json so that a run with it starts from the imported model and tokenises as it does."""
     from moejax.config import to_dict
     tree = to_dict(config)
+    workdir = workdir.absolute()  # so that it is found from any folder
     tree["train"]["init_from"] = str(workdir)
     if tokenizer is not None:
         tree["data"]["tokenizer"] = str(workdir / ORIGINAL / tokenizer.name)
@@ -92,6 +94,7 @@ def write_config(path: Path, config: Any, workdir: Path, tokenizer: Path | None)
 @contextlib.contextmanager
 def built_beside(folder: Path) -> Iterator[Path]:
     """A folder beside the wanted one, which takes its name at the end, or is removed if there is an error."""
+    folder = folder.absolute()
     part = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     try:
@@ -111,6 +114,7 @@ def export_checkpoint(workdir: Path, target: Path, family: str | None, dtype: st
     check(not target.exists() or target.is_dir() and not any(target.iterdir()), f"{target}: is not an empty folder; choose "
           "another name, nothing is overwritten")
     from moejax.evaluation.load import load
+    from moejax.hf.disk import read_json
     from moejax.hf.families import FAMILIES
     from moejax.hf.save import DTYPES, to_hf
     check(family is None or family in FAMILIES, f"--family={family} must be one of {', '.join(FAMILIES)}"
@@ -119,7 +123,7 @@ def export_checkpoint(workdir: Path, target: Path, family: str | None, dtype: st
     check(bool(family or model.model.architecture.family), f"{workdir}: not an imported model; say what it should become "
           f"with --family, one of {', '.join(FAMILIES)}")
     original = workdir / ORIGINAL
-    options = json.loads((original / "config.json").read_text()) if (original / "config.json").is_file() else {}
+    options = read_json(original / "config.json") if (original / "config.json").is_file() else {}
     stored = options.get("dtype") or options.get("torch_dtype")
     with built_beside(target) as part:
         to_hf(model, variables, part, family=family, dtype=dtype or (stored if stored in DTYPES else "float32"),

@@ -1,10 +1,10 @@
 """Settings and tables that families of decoders share. Names on disk are those of Llama unless they are given."""
 
-from typing import Any, Iterator, Mapping, Sequence
+from typing import Any, Callable, Iterator, Sequence
 
 from moejax.architecture import Rope
 from moejax.config import ModelConfig, MoEConfig, check
-from moejax.hf.family import Options
+from moejax.hf.family import REQUIRED, Options
 from moejax.hf.tensors import Tensor
 
 SIZES = {"vocab_size": "vocab_size", "hidden_size": "embed", "num_hidden_layers": "layers", "num_attention_heads": "heads",
@@ -20,41 +20,52 @@ ROPE = {"linear": {"factor": "factor"},
 """Options of each way to stretch the rotary embedding, and the field of `Rope` that each is."""
 
 
-def read_model(options: Options, *, ffn: str = "intermediate_size", eps: str = "rms_norm_eps",
-               sizes: Mapping[str, str] = SIZES, act: str = "hidden_act", tied: bool = False) -> dict[str, Any]:
-    """Sizes, norm and rotary embedding of a decoder with grouped queries, and an empty architecture to add to."""
-    model = {ours: options.take(theirs) for theirs, ours in sizes.items()}
-    model |= {"norm_eps": options.take(eps, 1e-6), "tie_embeddings": options.take("tie_word_embeddings", tied)}
+def read_model(options: Options, *, ffn: str = "intermediate_size", tied: bool = False, base: Any = REQUIRED,
+               fraction: Any = 1.0) -> dict[str, Any]:
+    """Sizes, norm and rotary embedding of a decoder with grouped queries, and an empty architecture to add to.
+
+    Args:
+      options: of config.json.
+      ffn: name of the width of dense layers.
+      tied: whether embedding and head are one if nothing is said.
+      base: of the rotary embedding if nothing is said.
+      fraction: share of a head that is rotated if nothing is said; at 1.0 nothing else is allowed.
+    """
+    model = {ours: options.take(theirs) for theirs, ours in SIZES.items()}
+    model |= {"norm_eps": options.take("rms_norm_eps"), "tie_embeddings": options.take("tie_word_embeddings", tied)}
     model["ffn"] = options.take(ffn)
-    options.only(act, "silu")
+    options.only("hidden_act", "silu")
     model["kv_heads"] = options.take("num_key_value_heads", None) or model["heads"]
     model["head_dim"] = options.take("head_dim", None) or model["embed"] // model["heads"]
-    base, rope = read_rope(options, model["max_length"])
+    base, rope = read_rope(options, model["max_length"], base, fraction)
     return model | {"rope_base": base, "architecture": {"rope": rope}}
 
 
-def write_model(model: ModelConfig, *, ffn: str = "intermediate_size", eps: str = "rms_norm_eps",
-                sizes: Mapping[str, str] = SIZES, act: str = "hidden_act", head_dim: bool = True) -> dict[str, Any]:
+def write_model(model: ModelConfig, *, ffn: str = "intermediate_size", head_dim: bool = True) -> dict[str, Any]:
     """What `read_model` reads."""
-    written = {theirs: getattr(model, ours) for theirs, ours in sizes.items()}
-    return written | {ffn: model.ffn, eps: model.norm_eps, act: "silu", "num_key_value_heads": model.kv_heads,
+    written = {theirs: getattr(model, ours) for theirs, ours in SIZES.items()}
+    return written | {ffn: model.ffn, "rms_norm_eps": model.norm_eps, "num_key_value_heads": model.kv_heads,
                       "tie_word_embeddings": model.tie_embeddings, "hidden_act": "silu"} | (
         {"head_dim": model.head_dim} if head_dim else {}) | write_rope(model)
 
 
-def read_rope(options: Options, max_length: int) -> tuple[float, dict[str, Any]]:
+def read_rope(options: Options, max_length: int, base: Any = REQUIRED, fraction: Any = 1.0) -> tuple[float, dict[str, Any]]:
     """Base and fields of `Rope`, from either spelling (rope_parameters, or rope_theta and rope_scaling)."""
-    given = dict(options.take("rope_parameters", None) or {})
+    newer = dict(options.take("rope_parameters", None) or {})
     older = dict(options.take("rope_scaling", None) or {})
-    base = float(given.pop("rope_theta", options.take("rope_theta", 10_000.0)))
-    given |= older
-    fraction = given.pop("partial_rotary_factor", options.take("partial_rotary_factor", 1.0))
+    base = newer.pop("rope_theta", None) or options.take("rope_theta", base)
+    rotated = newer.pop("partial_rotary_factor", None) or options.take("partial_rotary_factor", fraction)
+    options.taken |= {"rope_theta", "partial_rotary_factor"}
+    check(fraction != 1.0 or rotated == 1.0,
+          f"{options.where}: option partial_rotary_factor={rotated} is not implemented for this family")
+    given = older or newer
     kind = given.pop("rope_type", given.pop("type", "default"))
     given.pop("type", None)
     if kind == "default":
         check(not given, f"{options.where}: option rope_parameters.{next(iter(given), '')} is not implemented")
-        return base, {"fraction": float(fraction)}
+        return float(base), {"fraction": float(rotated)}
     check(kind in ROPE, f"{options.where}: option rope_type={kind!r} is not implemented, only {', '.join(ROPE)}")
+    check(given.get("factor") is not None, f"{options.where}: option rope_parameters.factor is missing")
     rope = {}
     for name, value in given.items():
         check(name in ROPE[kind], f"{options.where}: option rope_parameters.{name}={value!r} is not implemented for {kind}")
@@ -62,15 +73,13 @@ def read_rope(options: Options, max_length: int) -> tuple[float, dict[str, Any]]
             rope[ROPE[kind][name]] = value
     if kind == "yarn":
         rope.setdefault("original_length", max_length)
-    return base, {"fraction": float(fraction), "scaling": kind} | rope
+    return float(base), {"fraction": float(rotated), "scaling": kind} | rope
 
 
 def write_rope(model: ModelConfig) -> dict[str, Any]:
     """What `read_rope` reads, as versions 4 and 5 of transformers both understand it."""
     rope, plain = model.architecture.rope, Rope()
-    written = {"rope_theta": model.rope_base, "rope_scaling": None}
-    if rope.fraction != 1:
-        written["partial_rotary_factor"] = rope.fraction
+    written = {"rope_theta": model.rope_base, "rope_scaling": None, "partial_rotary_factor": rope.fraction}
     if rope.scaling != "none":
         values = {theirs: getattr(rope, ours) for theirs, ours in ROPE[rope.scaling].items()}
         optional = ("mscale", "mscale_all_dim", "attention_factor", "truncate")
@@ -188,25 +197,30 @@ def shortest_period(kinds: Sequence[str]) -> tuple[str, ...]:
                 if all(kind == kinds[i % n] for i, kind in enumerate(kinds)))
 
 
-def read_windows(options: Options, layers: int, switch: bool = False) -> dict[str, Any]:
+def read_windows(options: Options, layers: int, *, window: int | None = None,
+                 slides: Callable[[int], bool] = lambda i: True, used: bool = True, mixed: bool = False) -> dict[str, Any]:
     """Kinds of attention and their window.
 
-    With `switch` the window counts only if use_sliding_window is set, and then from block max_window_layers on.
+    Args:
+      options: of config.json.
+      layers: number of blocks.
+      window: if nothing is said.
+      slides: number of a block -> whether it slides, if nothing is said.
+      used: whether the window counts.
+      mixed: whether layer_types may name different kinds.
     """
-    window, listed = options.take("sliding_window", None), options.take("layer_types", None)
-    used = options.take("use_sliding_window", False) if switch else bool(window)
-    first = options.take("max_window_layers", layers) if switch else 0
+    window, listed = options.take("sliding_window", window), options.take("layer_types", None)
     if listed is None:
-        listed = ["sliding_attention" if used and window and i >= first else "full_attention" for i in range(layers)]
+        listed = ["sliding_attention" if used and window and slides(i) else "full_attention" for i in range(layers)]
     unknown = [kind for kind in listed if kind not in KINDS]
-    check(not unknown and len(listed) == layers,
-          f"{options.where}: option layer_types={unknown or listed} is not implemented")
+    check(not unknown and len(listed) == layers and (mixed or len(set(listed)) == 1),
+          f"{options.where}: option layer_types={unknown or listed} is not implemented for this family")
     kinds = shortest_period([KINDS[kind] for kind in listed])
     return {"attention": kinds, "window": window if "sliding" in kinds else 0}
 
 
 def write_windows(model: ModelConfig, switch: bool = False) -> dict[str, Any]:
-    """What `read_windows` reads."""
+    """What `read_windows` reads; with `switch` also use_sliding_window."""
     design, theirs = model.architecture, {ours: name for name, ours in KINDS.items()}
     if set(design.attention) == {"full"}:
         return {"sliding_window": None} | ({"use_sliding_window": False} if switch else {})

@@ -2,7 +2,7 @@
 
 from typing import Any, Iterator
 
-from moejax.config import ModelConfig, MoEConfig
+from moejax.config import ModelConfig, MoEConfig, check
 from moejax.hf import common
 from moejax.hf.family import Family, Options
 from moejax.hf.tensors import Tensor
@@ -43,11 +43,12 @@ def read(options: Options) -> dict[str, Any]:
     ffn.only("ffn_act_fn", {"name": "silu"})
     ffn.only("moe_normalize_expert_weights", 1.0, 1)
     choices = ffn.take("moe_top_k", 1)
+    check(choices > 1, f"{ffn.where}: option moe_top_k=1 is not implemented: with a weight of 1 a router does not learn")
     model |= {"kv_heads": attention.take("kv_n_heads", 1), "head_dim": model["embed"] // model["heads"], "norm_eps": 1e-5,
               "tie_embeddings": options.take("tie_word_embeddings", False), "ffn": ffn.take("ffn_hidden_size", 3584),
               "rope_base": base, "architecture": {"rope": rope, "norm": "layer_without_bias",
                                                   "clip_qkv": None if clip is None else float(clip)}}
-    moe = {"every": 1, "router": "topk", "renormalize": choices > 1, "num_experts": ffn.take("moe_num_experts", 4),
+    moe = {"every": 1, "router": "topk", "renormalize": True, "num_experts": ffn.take("moe_num_experts", 4),
            "experts_per_token": choices, "ffn": model["ffn"], "z_weight": 0.0,
            "balance_weight": ffn.take("moe_loss_weight", 0.01) * choices}
     for group in (attention, ffn):

@@ -84,10 +84,11 @@ def write_latent(model: ModelConfig) -> dict[str, Any]:
 
 def read_experts(options: Options) -> dict[str, Any]:
     """Numbers, scale, shared experts and dense blocks, which all have."""
+    options.only("moe_layer_freq", 1)
     return common.read_experts(options, **EXPERTS) | {
         "shared_experts": options.take("n_shared_experts", None) or 0,
         "first_dense": options.take("first_k_dense_replace", 0),
-        "route_scale": float(options.take("routed_scaling_factor", 1.0))}
+        "route_scale": float(options.take("routed_scaling_factor"))}
 
 
 def write_experts(model: ModelConfig, moe: MoEConfig) -> dict[str, Any]:
@@ -125,7 +126,7 @@ def read_v3_router(options: Options) -> dict[str, Any]:
     options.only("scoring_func", "sigmoid")
     options.only("topk_method", "noaux_tc")
     return read_experts(options) | {
-        "router": "deepseek_v3", "renormalize": options.take("norm_topk_prob", True), "bias_rate": 0.001,
+        "router": "deepseek_v3", "renormalize": options.take("norm_topk_prob"), "bias_rate": 0.001,
         "options": {"groups": options.take("n_group", None) or 1, "kept_groups": options.take("topk_group", None) or 1}}
 
 
@@ -136,7 +137,7 @@ def write_v3_router(model: ModelConfig, moe: MoEConfig) -> dict[str, Any]:
 
 def read_glm4(options: Options) -> dict[str, Any]:
     """V3's layers with grouped queries."""
-    model = common.read_model(options) | {"qk_norm": options.take("use_qk_norm", False)}
+    model = common.read_model(options, fraction=0.5) | {"qk_norm": options.take("use_qk_norm", False)}
     model["architecture"] |= {"qkv_bias": options.take("attention_bias", False)}
     return {"model": model, "moe": read_v3_router(options)}
 
@@ -151,7 +152,9 @@ def read_dots1(options: Options) -> dict[str, Any]:
     """V3's layers with Qwen3's attention."""
     model = common.read_model(options) | {"qk_norm": True}
     bias = options.take("attention_bias", False)
-    model["architecture"] |= {"qkv_bias": bias, "output_bias": bias} | common.read_windows(options, model["layers"])
+    first = options.take("max_window_layers", 62)
+    model["architecture"] |= {"qkv_bias": bias, "output_bias": bias} | common.read_windows(
+        options, model["layers"], window=4096, slides=lambda i: i >= first, mixed=True)
     return {"model": model, "moe": read_v3_router(options)}
 
 

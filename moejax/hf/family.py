@@ -10,7 +10,7 @@ REQUIRED = object()
 WITHOUT_EFFECT = frozenset("""
     _name_or_path architectures attention_dropout attn_pdrop auto_map bos_token_id classifier_dropout decoder_start_token_id
     dtype embd_pdrop emb_pdrop eod_token_id eos_token_id ep_size hidden_dropout_prob id2label initializer_factor
-    initializer_range label2id max_window_layers model_type moe_layer_freq num_nextn_predict_layers output_attentions
+    initializer_range label2id model_type num_nextn_predict_layers output_attentions
     output_hidden_states output_router_logits pad_token_id pretraining_tp problem_type resid_pdrop return_dict sep_token_id
     seq_aux summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj
     task_specific_params tokenizer_class torch_dtype transformers_version unk_token_id use_cache aux_loss_alpha

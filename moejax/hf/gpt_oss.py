@@ -2,7 +2,7 @@
 
 from typing import Any, Iterator
 
-from moejax.config import ModelConfig, MoEConfig
+from moejax.config import ModelConfig, MoEConfig, check
 from moejax.hf import common
 from moejax.hf.family import Family, Options
 from moejax.hf.tensors import Tensor
@@ -27,12 +27,15 @@ def tensors(model: ModelConfig, moe: MoEConfig, other: bool) -> Iterator[Tensor]
 def read(options: Options) -> dict[str, Any]:
     """See `Family.read`."""
     model = common.read_model(options)
+    check(model["architecture"]["rope"].get("scaling") == "yarn",
+          f"{options.where}: option rope_scaling must be one of type yarn, which others assume")
     bias = options.take("attention_bias", True)
     options.only("swiglu_alpha", 1.702)
     options.take("experts_per_token", None)  # num_experts_per_tok again
     model["architecture"] |= {
         "qkv_bias": bias, "output_bias": bias, "sinks": True, "expert_bias": True, "activation": "clamped_swiglu",
-        "clamp": float(options.take("swiglu_limit", 7.0))} | common.read_windows(options, model["layers"])
+        "clamp": float(options.take("swiglu_limit", 7.0))} | common.read_windows(
+            options, model["layers"], window=128, slides=lambda i: i % 2 == 0, mixed=True)
     return {"model": model, "moe": common.read_experts(options, **EXPERTS) | {
         "router": "topk", "renormalize": True, "options": {"bias": True}}}
 

@@ -18,7 +18,7 @@ def tensors(model: ModelConfig, moe: MoEConfig, other: bool) -> Iterator[Tensor]
 
 def read_llama(options: Options) -> dict[str, Any]:
     """Biases on all projections, or none."""
-    model = common.read_model(options)
+    model = common.read_model(options, base=10_000.0)
     bias = options.take("attention_bias", False)
     model["architecture"] |= {"qkv_bias": bias, "output_bias": bias, "ffn_bias": options.take("mlp_bias", False)}
     return {"model": model}
@@ -33,7 +33,7 @@ def write_llama(model: ModelConfig, moe: MoEConfig) -> dict[str, Any]:
 def read_mistral(options: Options) -> dict[str, Any]:
     """A window over all blocks, or none."""
     model = common.read_model(options)
-    model["architecture"] |= common.read_windows(options, model["layers"])
+    model["architecture"] |= common.read_windows(options, model["layers"], window=4096)
     return {"model": model}
 
 
@@ -42,10 +42,16 @@ def write_mistral(model: ModelConfig, moe: MoEConfig) -> dict[str, Any]:
     return common.write_model(model) | common.write_windows(model)
 
 
+def late_windows(options: Options, layers: int) -> dict[str, Any]:
+    """A window, if it is switched on, from block max_window_layers on."""
+    first, used = options.take("max_window_layers", 28), options.take("use_sliding_window", False)
+    return common.read_windows(options, layers, window=4096, slides=lambda i: i >= first, used=used, mixed=True)
+
+
 def read_qwen2(options: Options) -> dict[str, Any]:
     """Biases on queries, keys and values; a window from some block on."""
     model = common.read_model(options)
-    model["architecture"] |= {"qkv_bias": True} | common.read_windows(options, model["layers"], switch=True)
+    model["architecture"] |= {"qkv_bias": True} | late_windows(options, model["layers"])
     return {"model": model}
 
 
@@ -59,7 +65,7 @@ def read_qwen3(options: Options) -> dict[str, Any]:
     """Norms on query and key heads."""
     model = common.read_model(options) | {"qk_norm": True}
     bias = options.take("attention_bias", False)
-    model["architecture"] |= {"qkv_bias": bias, "output_bias": bias} | common.read_windows(options, model["layers"], True)
+    model["architecture"] |= {"qkv_bias": bias, "output_bias": bias} | late_windows(options, model["layers"])
     return {"model": model}
 
 

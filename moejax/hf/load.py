@@ -66,7 +66,10 @@ def read_config(folder: Path, dtype: str = "float32") -> tuple[Family, Config]:
 
 def interpret(family: Family, options: Options, dtype: str = "float32") -> Config:
     """Options of a family as a resolved config. Raises `UserError` on what is not implemented."""
-    settings = family.read(options)
+    try:
+        settings = family.read(options)
+    except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise UserError(f"{options.where}: an option has a value that it cannot have ({error})") from None
     options.finish()
     settings["model"]["architecture"] = settings["model"].get("architecture", {}) | {"family": family.model_type}
     length = min(DEFAULT_LENGTH, settings["model"]["max_length"])

@@ -4,7 +4,7 @@ from typing import Any, Iterator
 
 from moejax.config import ModelConfig, MoEConfig
 from moejax.hf import common
-from moejax.hf.family import Family, Options
+from moejax.hf.family import REQUIRED, Family, Options
 from moejax.hf.tensors import Tensor
 
 EXPERTS = {"count": "num_local_experts", "width": "intermediate_size"}
@@ -37,7 +37,7 @@ def write_mixtral(model: ModelConfig, moe: MoEConfig) -> dict[str, Any]:
 
 def read_minimax(options: Options) -> dict[str, Any]:
     """Sigmoid scores, a bias on the choice, norms over whole queries and keys."""
-    model = common.read_model(options) | {"qk_norm": True}
+    model = common.read_model(options, fraction=REQUIRED) | {"qk_norm": True}
     model["architecture"] |= {"qk_norm": "projection"}
     options.only("router_jitter_noise", 0.0, 0)
     options.only("scoring_func", "sigmoid")

@@ -45,8 +45,9 @@ def write_sparse(model: ModelConfig, moe: MoEConfig) -> dict[str, Any]:
 def read_qwen2(options: Options) -> dict[str, Any]:
     """See `Family.read`."""
     model = common.read_model(options)
+    first, used = options.take("max_window_layers", 28), options.take("use_sliding_window", False)
     model["architecture"] |= {"qkv_bias": options.take("qkv_bias", True)} | common.read_windows(
-        options, model["layers"], switch=True)
+        options, model["layers"], window=4096, slides=lambda i: i % 2 == 0 and i < first, used=used, mixed=True)
     moe = common.read_experts(options, **EXPERTS) | read_sparse(options, model["layers"])
     return {"model": model, "moe": moe | {
         "router": "topk", "shared_experts": 1, "shared_gate": "sigmoid",
@@ -69,7 +70,10 @@ def read_qwen3(options: Options) -> dict[str, Any]:
     """See `Family.read`."""
     model = common.read_model(options) | {"qk_norm": True}
     bias = options.take("attention_bias", False)
-    model["architecture"] |= {"qkv_bias": bias, "output_bias": bias} | common.read_windows(options, model["layers"], True)
+    used = options.take("use_sliding_window", False)
+    options.take("max_window_layers", None)  # all blocks have one mask
+    model["architecture"] |= {"qkv_bias": bias, "output_bias": bias} | common.read_windows(
+        options, model["layers"], window=4096, used=used)
     moe = common.read_experts(options, **qwen3_experts(options.values)) | read_sparse(options, model["layers"])
     return {"model": model, "moe": moe | {"router": "topk"}}
 

@@ -72,7 +72,7 @@ def express(family: Family, name: str, model: transformer.Transformer) -> dict[s
     try:
         values = family.write(model.model, model.moe)
     except (AttributeError, TypeError, ValueError, ZeroDivisionError, IndexError):
-        raise UserError(f"this model cannot be written as a model of type {name}: they have no routers in common") from None
+        raise UserError(f"this model cannot be written as a model of type {name}: other routers or blocks") from None
     again = interpret(family, Options({**values, "model_type": name}, f"as a model of type {name}"))
     mine = {f"model.{key}": value for key, value in to_dict(model.model).items()} | computed(model.model, model.moe)
     theirs = {f"model.{key}": value for key, value in to_dict(again.model).items()} | computed(again.model, again.moe)

@@ -26,7 +26,7 @@ class Embedding(nn.Module):
             nn.initializers.normal(width**-0.5), ("vocab", "embed")), (model.vocab_size, width))
         if design.positions == "learned":
             self.positions_LD = self.param("positions", nn.with_logical_partitioning(
-                nn.initializers.normal(width**-0.5), (None, "embed")), (model.max_length, width))
+                nn.initializers.normal(width**-0.5), ("positions", "embed")), (model.max_length, width))
         if not model.tie_embeddings:
             # A small head starts the loss at ln(V): it predicts every token equally.
             self.head_DV = self.param("head", nn.with_logical_partitioning(

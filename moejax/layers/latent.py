@@ -35,7 +35,7 @@ class LatentAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x_BLD: Array, sight: Sight, cache: Cache | None, at: Array | None) -> tuple[Array, Cache | None]:
-        """As `Attention`; the cache holds latents and rotated keys as its keys, of one head, and latents as its values."""
+        """As `Attention`; the cache holds latents and rotated keys as its keys, of one head, and no values."""
         model, design, latent = self.model, self.model.architecture, self.model.architecture.latent
         width, plain = x_BLD.shape[-1], model.head_dim - latent.rotary_dim
 
@@ -44,21 +44,22 @@ class LatentAttention(nn.Module):
                               shape).astype(self.dtype)
 
         def down(name: str, rank: int) -> Array:
-            y_BLR = x_BLD @ matrix(f"w_{name}", (width, rank), ("embed", None))
+            y_BLR = x_BLD @ matrix(f"w_{name}", (width, rank), ("embed", "latent"))
             if design.qkv_bias:
-                y_BLR += self.param(f"b_{name}", nn.with_logical_partitioning(nn.initializers.zeros, (None,)),
+                y_BLR += self.param(f"b_{name}", nn.with_logical_partitioning(nn.initializers.zeros, ("latent",)),
                                     (rank,)).astype(self.dtype)
             return y_BLR
 
         source_BLR, names = x_BLD, ("embed", "q_heads", "head_dim")
         if latent.query_rank:
-            source_BLR, names = RMSNorm(LATENT_EPS, (None,), name="q_norm")(down("q_down", latent.query_rank)), (
-                None, "q_heads", "head_dim")
+            source_BLR, names = RMSNorm(LATENT_EPS, ("latent",), name="q_norm")(down("q_down", latent.query_rank)), (
+                "latent", "q_heads", "head_dim")
         w_q_RQH = matrix("w_q", (source_BLR.shape[-1], model.heads, model.head_dim), names)
         q_BLQH = jnp.einsum("blr,rqh->blqh", source_BLR, w_q_RQH)
         kv_BLR = down("kv_down", latent.rank + latent.rotary_dim)
-        c_BSR = RMSNorm(LATENT_EPS, (None,), name="kv_norm")(kv_BLR[..., :latent.rank])
-        w_kv_RQH = matrix("w_kv", (latent.rank, model.heads, plain + latent.value_dim), (None, "q_heads", "head_dim"))
+        c_BSR = RMSNorm(LATENT_EPS, ("latent",), name="kv_norm")(kv_BLR[..., :latent.rank])
+        w_kv_RQH = matrix("w_kv", (latent.rank, model.heads, plain + latent.value_dim),
+                          ("latent", "q_heads", "head_dim"))
         w_k_RQH, w_v_RQV = w_kv_RQH[..., :plain], w_kv_RQH[..., plain:]
 
         q_rotated_BLQH = rotate(q_BLQH[..., plain:], sight.cos, sight.sin)
@@ -72,8 +73,8 @@ class LatentAttention(nn.Module):
             o_BLQV = attend_sharded(q_BLQH, k_BSQH, v_BSQV, visible_BLS, True, scale)
         else:
             c_BSGR = c_BSR[:, :, None]
-            cache = write(cache, jnp.concatenate([c_BSGR, k_rotated_BSGH], axis=-1), c_BSGR, at)
+            cache = write(cache, jnp.concatenate([c_BSGR, k_rotated_BSGH], axis=-1), c_BSGR[..., :0], at)
             q_BLQR = jnp.concatenate([jnp.einsum("blqh,rqh->blqr", q_BLQH[..., :plain], w_k_RQH), q_rotated_BLQH], axis=-1)
-            o_BLQR = attend(q_BLQR, cache.k_BSGH, cache.v_BSGH, visible_BLS, False, scale)
+            o_BLQR = attend(q_BLQR, cache.k_BSGH, cache.k_BSGH[..., :latent.rank], visible_BLS, False, scale)
             o_BLQV = jnp.einsum("blqr,rqv->blqv", o_BLQR, w_v_RQV)
         return output(self, o_BLQV, width, self.out_scale, design.output_bias), cache

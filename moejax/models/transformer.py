@@ -167,6 +167,12 @@ def resolve_model(model: ModelConfig) -> ModelConfig:
                               and model.kv_heads == model.heads),
           f"{where}.latent needs an even rotary_dim below config.model.head_dim={model.head_dim}, a value_dim, and "
           "config.model.kv_heads=config.model.heads")
+    if latent.rank:
+        ignored = [name for name in ("sinks", "attention_scale", "clip_qkv", "temperature_floor") if getattr(design, name)]
+        check(not ignored, f"{where}.{ignored and ignored[0]} has no effect with {where}.latent; leave one of them out")
+        check(design.positions == "rotary" and "unrotated" not in design.attention and not model.qk_norm,
+              f"{where}.latent rotates a part of every head and has norms of its own; leave out positions=learned, "
+              "unrotated blocks and config.model.qk_norm")
     return dataclasses.replace(model, architecture=design)
 
 
@@ -258,7 +264,7 @@ def empty_cache(model: ModelConfig, moe: MoEConfig, batch: int, slots: int, dtyp
     """A key-value cache for `slots` tokens a row."""
     def stacked(repeats: int, sparse: bool) -> Cache:
         latent = model.architecture.latent
-        k_GH, v_GH = ((1, latent.rank + latent.rotary_dim), (1, latent.rank)) if latent.rank else (
+        k_GH, v_GH = ((1, latent.rank + latent.rotary_dim), (1, 0)) if latent.rank else (
             ((model.kv_heads, model.head_dim),) * 2)
         keys, values = (jnp.zeros((repeats, batch, slots, *shape), dtype) for shape in (k_GH, v_GH))
         return Cache(keys, values, jnp.zeros((repeats, batch, slots), bool) if sparse and passes_blocks(moe) else None)

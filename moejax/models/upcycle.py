@@ -18,6 +18,7 @@ from moejax.config import AUTO, MoEConfig, check
 from moejax.models import transformer
 from moejax.models.stacks import kinds, places
 from moejax.moe import routing
+from moejax.moe.routing.topk import TOPK
 
 
 class Upcycling(NamedTuple):
@@ -50,6 +51,8 @@ def upcycle(model: transformer.Transformer, variables: Mapping[str, Any], moe: M
       UserError: a model that has experts already, widths that do not divide, or a router whose weights do not sum to 1.
     """
     dense, hidden = model.model, model.model.ffn
+    check(how.granularity >= 1 and 0 <= how.drop <= 1 and how.noise >= 0, f"{how}: granularity must be at least 1, drop "
+          "between 0 and 1, and noise not negative")
     check(not any(kind.sparse for kind in kinds(dense, model.moe)),
           "this model has experts already; only a dense one can be upcycled")
     shared = (moe.shared_ffn or 0) if moe.shared_experts not in (0, AUTO) else 0
@@ -66,6 +69,12 @@ def upcycle(model: transformer.Transformer, variables: Mapping[str, Any], moe: M
           "config.moe.shared_experts and shared_ffn")
     check(moe.experts_per_token % how.granularity == 0, f"granularity={how.granularity} does not divide "
           f"config.moe.experts_per_token={moe.experts_per_token}")
+    router = routing.get_router(moe.router)
+    check(router.route is TOPK.route and moe.options.gate == "output",
+          f"config.moe.router={moe.router} has a rule of its own, by which the weights of a token's experts need not sum to "
+          "1; take topk or one of its named forms")
+    check(moe.capacity_factor is None and moe.eval_capacity_factor is None, "a capacity drops tokens, which changes the "
+          "outputs: set config.moe.capacity_factor=None and eval_capacity_factor=None")
     check(moe.renormalize and moe.route_scale == 1 and moe.shared_gate == "none" and moe.latent_divisor == 1,
           "the weights of a token's experts must sum to 1, or the outputs change: set config.moe.renormalize=True, "
           "route_scale=1, shared_gate=none, latent_divisor=1")

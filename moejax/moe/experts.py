@@ -36,7 +36,9 @@ def feed_forward(x_RD: Array, sizes_E: Array, w_in_EDGF: Array, w_out_EFD: Array
     h_RF = jax.lax.ragged_dot(x_RD, w_in_EDGF.reshape(experts, width, inputs * hidden), sizes_E)
     h_RGF = h_RF.reshape(-1, inputs, hidden)
     if b_in_EGF is not None:
-        h_RGF += jnp.repeat(b_in_EGF, sizes_E, axis=0, total_repeat_length=x_RD.shape[0])
+        b_RGF = jnp.repeat(b_in_EGF, sizes_E, axis=0, total_repeat_length=x_RD.shape[0])
+        grouped_R = jnp.arange(x_RD.shape[0]) < jnp.sum(sizes_E)  # what lies behind the groups may have any gradient
+        h_RGF = jnp.where(grouped_R[:, None, None], h_RGF + b_RGF, 0)
     h_RF = dropout(activate(h_RGF, activation), dropout_rate, key)
     return jax.lax.ragged_dot(h_RF, w_out_EFD, sizes_E)
 

@@ -82,7 +82,8 @@ def prepare_on_chief(config: Config, workdir: Path) -> Prepared:
     with processes.same_fate():
         if chief:
             open_workdir(workdir, config, print)
-    content = content_of_run(workdir)
+    with processes.same_fate():
+        content = content_of_run(workdir)
     with processes.same_fate():
         if chief:
             prepared = prepare(config, workdir / "data", content=content)
@@ -98,7 +99,10 @@ def content_of_run(workdir: Path) -> str | None:
         return None
     store = Store(workdir, read_only=True)
     try:
-        return store.restore({}).data["content"] if store.steps() else None
+        data = store.restore({}).data if store.steps() else {"loader": None, "content": None}
+        check("loader" in data, f"{workdir}: holds a model that was not trained here; give another --workdir, and "
+              f"--config.train.init_from={workdir}")
+        return data["content"]
     finally:
         store.close()
 
@@ -163,9 +167,6 @@ def start(setup: Setup, store: Store, loader: Any) -> tuple[TrainState, int]:
         with processes.same_fate():
             given = initial_variables(setup)
         return fresh.replace(params=given["params"], router_state=given["router"]), 0
-    with processes.same_fate():
-        check("loader" in store.restore({}).data, f"{store.folder.parent}: holds a model that was not trained here; give "
-              f"another --workdir, and --config.train.init_from={store.folder.parent}")
     restored = store.restore(place(items(setup.shapes), items(setup.shardings)))
     loader.set_state(restored.data["loader"])
     model, training = restored.items["model"], restored.items["training"]

@@ -37,11 +37,14 @@ def matrix_axes(names: tuple[str | None, ...]) -> tuple[int, ...]:
 
 
 def is_matrix(names: tuple[str | None, ...]) -> bool:
-    """Whether a parameter holds weight matrices between activations: not norms, biases, embedding, head or router.
+    """Whether a parameter holds weight matrices between activations: not norms, biases, embeddings, head or router.
 
-    These decay and are what Muon orthogonalises. A router's scale is the business of its z-loss.
+    These decay and are what Muon orthogonalises. A router's scale is the business of its z-loss. One side of a matrix is
+    always the model width or a latent's; what has two axes and neither is a bias or the scale of a norm over all heads.
     """
-    return len(matrix_axes(names)) >= 2 and not {"vocab", "router"} & set(names)
+    inner = {names[i] for i in matrix_axes(names)}
+    between = bool({"embed", "latent"} & inner) and not {"vocab", "router", "positions"} & inner
+    return between and len(matrix_axes(names)) >= 2
 
 
 def muon_dimensions(names: tuple[str | None, ...]) -> optax.contrib.MuonDimensionNumbers | None:
@@ -49,8 +52,8 @@ def muon_dimensions(names: tuple[str | None, ...]) -> optax.contrib.MuonDimensio
     if not is_matrix(names):
         return None
     inner = matrix_axes(names)
-    # The model width is always one whole side, so the other axes (heads and head size, say) are the other side.
-    cut = 1 if names[inner[0]] == "embed" else len(inner) - 1
+    # The width of model or latent is always one whole side, so the other axes (heads and head size, say) are the other.
+    cut = 1 if names[inner[0]] in ("embed", "latent") else len(inner) - 1
     return optax.contrib.MuonDimensionNumbers(inner[:cut], inner[cut:])
 
 
