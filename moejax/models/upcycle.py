@@ -71,8 +71,8 @@ def upcycle(model: transformer.Transformer, variables: Mapping[str, Any], moe: M
           f"config.moe.experts_per_token={moe.experts_per_token}")
     router = routing.get_router(moe.router)
     check(router.route is TOPK.route and moe.options.gate == "output",
-          f"config.moe.router={moe.router} has a rule of its own, by which the weights of a token's experts need not sum to "
-          "1; take topk or one of its named forms")
+          f"config.moe.router={moe.router} has a rule of its own, by which the weights of a token's experts need not sum "
+          "to 1; take topk or one of its named forms")
     check(moe.capacity_factor is None and moe.eval_capacity_factor is None, "a capacity drops tokens, which changes the "
           "outputs: set config.moe.capacity_factor=None and eval_capacity_factor=None")
     check(moe.renormalize and moe.route_scale == 1 and moe.shared_gate == "none" and moe.latent_divisor == 1,

@@ -64,6 +64,10 @@ def test_drop_redraws_whole_units_and_noise_moves_all():
     ({"num_experts": 5}, Upcycling(2), r"granularity=2 does not divide config\.moe\.num_experts=5"),
     ({"num_experts": 4, "experts_per_token": 3}, Upcycling(2), r"does not divide config\.moe\.experts_per_token=3"),
     ({"num_experts": 4, "shared_experts": 1}, Upcycling(), "say how many of the 20 units"),
+    ({"num_experts": 4, "router": "remoe"}, Upcycling(), "remoe has a rule of its own"),
+    ({"num_experts": 4, "router": "mixture_of_depths"}, Upcycling(), "mixture_of_depths has a rule of its own"),
+    ({"num_experts": 4, "router": "st_moe"}, Upcycling(), "a capacity drops tokens"),
+    ({"num_experts": 4}, Upcycling(drop=2.0), "between 0 and 1"),
 ])
 def test_what_would_change_the_outputs_is_refused(changes, how, message):
     model, variables, _ = dense()

@@ -1,5 +1,7 @@
 """Schedules, masks and update rules."""
 
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,8 @@ import optax
 import pytest
 from tiny import tiny_config
 
+from moejax import sharding
+from moejax.hf.load import read_config
 from moejax.models import transformer
 from moejax.train import optimizer
 
@@ -118,3 +122,14 @@ def test_clipping_to_a_norm_of_nothing_gives_zeros(tree):
     for grads in (random_like(tree[0], 6), jax.tree.map(lambda s: jnp.zeros(s.shape), tree[0])):
         clipped = rule.update(grads, rule.init(grads))[0]
         assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(clipped))
+
+
+def test_of_every_open_family_only_matrices_between_activations_decay():
+    """No bias, norm, sink or position of any of them."""
+    golden = pathlib.Path(__file__).parent.parent / "hf" / "golden"
+    for folder in sorted(path for path in golden.iterdir() if not path.name.endswith("_square")):
+        _, logical = transformer.abstract_params(transformer.build(read_config(folder)[1]))
+        for path, names in jax.tree_util.tree_leaves_with_path(logical, is_leaf=sharding.is_axes):
+            name = path[-1].key
+            wanted = name.startswith(("w_", "latent_"))
+            assert optimizer.is_matrix(names) == wanted, (folder.name, jax.tree_util.keystr(path))
