@@ -1,10 +1,11 @@
 """A small decoder on presidential messages, the same for every router: what the sweep in this folder trains.
 
-Command   python -m experiments.routing.sweep --config=experiments/routing/base.py --workdir=runs/routing
+Command   python -m experiments.routing.sweep --config=experiments/routing/base.py --workdir=runs/routing --seeds=3 --jobs=2
           and for one router alone: python -m moejax.main --config=experiments/routing/base.py --workdir=runs/one
 Hardware  2 CPU cores
-Time      11 min 37 s for the quick form of the sweep, two runs at a time; the full form is one for a night
-Result    none yet of the full form; see README.md beside this file
+Time      11 min 37 s for the quick form of the sweep, two runs at a time; two and a half hours for the full form, beside
+          other work
+Result    held-out nats a byte from 1.46 (hash) over 1.59 (plain top-2) to 2.38 (mixture of depths); see README.md here
 """
 
 from moejax import config
