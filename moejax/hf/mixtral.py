@@ -10,13 +10,13 @@ from moejax.hf.tensors import Tensor
 EXPERTS = {"count": "num_local_experts", "width": "intermediate_size"}
 
 
-def tensors(model: ModelConfig, moe: MoEConfig, other: bool) -> Iterator[Tensor]:
-    """The table of both."""
+def tensors(model: ModelConfig, moe: MoEConfig, other: bool, router_in_memory: str = "gate") -> Iterator[Tensor]:
+    """The table of both; in the other layout, that of transformers' memory, the router may have another name."""
     yield from common.ends(model)
     for i in range(model.layers):
         disk = f"model.layers.{i}.{'mlp' if other else 'block_sparse_moe'}"
         yield from common.attention(model, i)
-        yield from common.router(i, f"{disk}.gate.weight")
+        yield from common.router(i, f"{disk}.{router_in_memory if other else 'gate'}.weight")
         yield from common.experts(moe, i, f"{disk}.experts", other, ("w1", "w3", "w2"))
         if moe.bias_rate:
             yield Tensor(f"{disk}.e_score_correction_bias", ("router", "bias_E"), "e -> e", i)

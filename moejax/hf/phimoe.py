@@ -1,23 +1,16 @@
 """Phi-3.5-MoE (2404.14219): the SparseMixer router, LayerNorm, biases on attention and head."""
 
-from typing import Any, Iterator
+from functools import partial
+from typing import Any
 
 from moejax.config import ModelConfig, MoEConfig
-from moejax.hf import common
+from moejax.hf import common, mixtral
 from moejax.hf.family import Family, Options
-from moejax.hf.tensors import Tensor
 
 EXPERTS = {"count": "num_local_experts", "width": "intermediate_size"}
 
 
-def tensors(model: ModelConfig, moe: MoEConfig, other: bool) -> Iterator[Tensor]:
-    """Named as Mixtral's."""
-    yield from common.ends(model)
-    for i in range(model.layers):
-        disk = f"model.layers.{i}.{'mlp' if other else 'block_sparse_moe'}"
-        yield from common.attention(model, i)
-        yield from common.router(i, f"{disk}.{'router' if other else 'gate'}.weight")
-        yield from common.experts(moe, i, f"{disk}.experts", other, ("w1", "w3", "w2"))
+tensors = partial(mixtral.tensors, router_in_memory="router")
 
 
 def read(options: Options) -> dict[str, Any]:
