@@ -57,7 +57,7 @@ def run_there(here):
     store = Store(here / "w")
     for step in (10, 20):
         variables = {"params": jax.tree.map(np.asarray, params), "router": router}
-        store.save(step, {"model": variables}, {"content": content}, None)
+        store.save(step, {"model": variables}, {"loader": {}, "content": content}, None)
     store.close()
     return here
 
