@@ -13,6 +13,7 @@ of the programs that fill the parameters included. The largest tensor has 16 MiB
 import argparse
 import contextlib
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -72,7 +73,7 @@ def measure(folder: Path) -> dict[str, float]:
     from moejax.sharding import bytes_of
     jax.block_until_ready(jnp.ones(8) + 1)  # what the library itself takes
     files = Files(folder)
-    largest = max(4 * int(jnp.prod(jnp.array(files.shape(name)))) for name in files.file_of)
+    largest = max(4 * math.prod(files.shape(name)) for name in files.file_of)
     before, begin = anonymous(), time.monotonic()
     with watched() as most:
         _, params = moejax.from_hf(folder)

@@ -5,11 +5,11 @@
 
 import dataclasses
 
-from moejax.config import key, options_table
+from moejax.config import key, table
 
 ATTENTION_KINDS = ("full", "sliding", "chunked", "unrotated")
-ACTIVATIONS = ("swiglu", "geglu", "geglu_tanh", "clamped_swiglu", "gelu", "gelu_tanh", "relu", "silu")
-GATED = ACTIVATIONS[:4]
+GATED = ("swiglu", "geglu", "geglu_tanh", "clamped_swiglu")
+ACTIVATIONS = (*GATED, "gelu", "gelu_tanh", "relu", "silu")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,4 +79,4 @@ PLAIN = Architecture()
 
 
 if __name__ == "__main__":
-    print(options_table(Architecture, "config.model.architecture"))
+    print(table(Architecture, "config.model.architecture."))

@@ -6,9 +6,11 @@ changes; `build` turns it into a `Config`. `python -m moejax.config` prints ever
 
 import dataclasses
 import difflib
+import json
 import math
 import types
 import typing
+from pathlib import Path
 from typing import Any, Mapping, Sequence
 
 from ml_collections import ConfigDict, config_dict
@@ -225,6 +227,22 @@ def check(ok: bool, message: str) -> None:
         raise UserError(message)
 
 
+def read_object(path: Path, unreadable: str, broken: str) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+      UserError: the file cannot be read, with the advice `unreadable`; or holds no JSON object, with the advice `broken`.
+    """
+    try:
+        found = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); {unreadable}") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error}); {broken}") from None
+    check(isinstance(found, dict), f"{path}: not a JSON object; {broken}")
+    return found
+
+
 def nearest(name: str, names: Sequence[str]) -> str:
     """' (did you mean X?)' with the name most like the given one, or nothing."""
     close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
@@ -251,14 +269,12 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def fields() -> dict[str, dataclasses.Field]:
-    """Every key of the config by its dotted name."""
+def fields(kind: type | None = None, prefix: str = "") -> dict[str, dataclasses.Field]:
+    """Every key of a dataclass of `key` fields, groups within it included, by its dotted name; None takes `Config`."""
     found = {}
-    for group in dataclasses.fields(Config):
-        if dataclasses.is_dataclass(group.type):
-            found |= {f"{group.name}.{field.name}": field for field in dataclasses.fields(group.type)}
-        else:
-            found[group.name] = group
+    for field in dataclasses.fields(kind or Config):
+        name = prefix + field.name
+        found |= fields(field.type, f"{name}.") if dataclasses.is_dataclass(field.type) else {name: field}
     return found
 
 
@@ -346,25 +362,10 @@ def changed(old: Config, new: Config) -> tuple[list[str], list[str]]:
     return [name for name in differing if name not in free], free
 
 
-def options_table(kind: type, prefix: str) -> str:
-    """The Markdown table of every key of a dataclass of options, groups within it included."""
-    def flat(kind: type, prefix: str) -> dict[str, dataclasses.Field]:
-        found = {}
-        for field in dataclasses.fields(kind):
-            name = f"{prefix}.{field.name}"
-            found |= flat(field.type, name) if dataclasses.is_dataclass(field.type) else {name: field}
-        return found
-    return _rows(flat(kind, prefix))
-
-
-def table() -> str:
-    """The Markdown table of every key, default and meaning."""
-    return _rows({f"config.{name}": field for name, field in fields().items()})
-
-
-def _rows(found: Mapping[str, dataclasses.Field]) -> str:
+def table(kind: type | None = None, prefix: str = "config.") -> str:
+    """The Markdown table of every key, default and meaning; see `fields`."""
     rows = ["| key | default | meaning |", "| --- | --- | --- |"]
-    for name, field in found.items():
+    for name, field in fields(kind, prefix).items():
         choices = field.metadata["choices"]
         listed = f" ({', '.join(map(str, choices))})" if len(choices) > 1 else ""
         fallback = f" ({field.metadata['fallback']})" if "fallback" in field.metadata else ""

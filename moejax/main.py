@@ -2,7 +2,6 @@
 
 import ast
 import inspect
-import json
 import os
 import re
 import runpy
@@ -165,13 +164,8 @@ def load_config_file(spec: str) -> dict[str, Any]:
     check(os.path.isfile(name), f"--config={spec}: there is no file {name!r}; give the path of a Python file, e.g. "
           "experiments/tiny.py")
     if name.endswith(".json"):
-        try:
-            tree = json.loads(Path(name).read_bytes())
-        except (OSError, ValueError) as error:
-            raise UserError(f"{name}: not valid JSON ({error})") from None
-        check(isinstance(tree, dict) and not colon,
-              f"{name}: must hold an object, as the config.json of a workdir does, and takes no argument")
-        return tree
+        check(not colon, f"--config={spec}: a .json file takes no argument")
+        return config_lib.read_object(Path(name), "check its permissions", "give the config.json of a workdir")
     arguments = [argument] if colon else []
     try:
         get_config = runpy.run_path(name, run_name="moejax_config").get("get_config")

@@ -78,5 +78,5 @@ def test_changed_keys_are_told_apart():
 def test_the_page_of_keys_is_up_to_date():
     page = pathlib.Path(__file__).parent.parent / "docs" / "config.md"
     assert config_lib.table() in page.read_text(), "run: python -m moejax.config, and paste the table into docs/config.md"
-    options = config_lib.options_table(Architecture, "config.model.architecture")
+    options = config_lib.table(Architecture, "config.model.architecture.")
     assert options in page.read_text(), "run: python -m moejax.architecture, and paste the table into docs/config.md"

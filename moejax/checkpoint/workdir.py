@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Callable, Iterator
 
-from moejax.config import Config, UserError, build, changed, check, flatten, to_dict
+from moejax.config import Config, UserError, build, changed, check, flatten, read_object, to_dict
 
 
 def read_config(workdir: Path) -> Config:
@@ -21,13 +21,7 @@ def read_config(workdir: Path) -> Config:
     check(os.path.isfile(path), f"--workdir={workdir}: holds no config.json, so it is not the folder of a run; train "
           "first, or correct the path")
     advice = "restore the file, or start anew in another --workdir"
-    try:
-        tree = json.loads(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error}); {advice}") from None
-    check(isinstance(tree, dict), f"{path}: not a config; {advice}")
+    tree = read_object(path, "check its permissions", advice)
     try:
         return build(tree)
     except UserError as error:

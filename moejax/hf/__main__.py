@@ -2,13 +2,15 @@
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import shutil
 import sys
 from pathlib import Path
 from typing import Any, Iterator, Sequence
 
-from moejax.config import UserError, check, nearest
+from moejax.config import Config, MoEConfig, UserError, build_group, check, nearest, read_object, to_dict
+from moejax.hf.disk import check_free
 
 USAGE = """
   python -m moejax.hf import HF_DIR WORKDIR     a checkpoint with config.json and *.safetensors becomes a workdir
@@ -29,34 +31,31 @@ ORIGINAL = "hf"
 def import_checkpoint(source: Path, workdir: Path, dtype: str) -> None:
     """Makes a workdir of a checkpoint, or nothing. Raises `UserError` as `from_hf` does, or if the workdir is there."""
     check(source.is_dir(), f"{source}: no such folder; give that of a checkpoint, with config.json and *.safetensors")
-    check(not workdir.exists() or workdir.is_dir() and not any(workdir.iterdir()), f"{workdir}: is not an empty folder; "
-          "choose another name, nothing is overwritten")
-    from moejax.checkpoint.store import Store
+    check_free(workdir)
+    from moejax.data.tokenizers import make_tokenizer
     from moejax.hf.load import read_config, read_variables
     from moejax.models import transformer
     family, config = read_config(source, dtype)
     tokenizer = find_tokenizer(source)
     with built_beside(workdir) as part:
-        model = transformer.build(config)
-        variables = read_variables(source, family, model, None, progress=True)
-        keep_original(source, part / ORIGINAL)
+        variables = read_variables(source, family, transformer.build(config), None, progress=True)
+        (part / ORIGINAL).mkdir()
+        copy_present(source, part / ORIGINAL, ("config.json", *TOKENIZER_FILES))
         if tokenizer is not None:
-            save_tokenizer(tokenizer, part / "data", config.model.vocab_size)
-        store = Store(part)
-        store.save(0, {"model": variables}, {"content": None}, None)
-        store.close()
-        write_config(part / "config.json", config, workdir, tokenizer)
-    print(f"{family.model_type}: {sum(leaf.size for leaf in leaves(variables)):,} parameters; {workdir}/config.json, "
-          f"checkpoints/ (step 0), {ORIGINAL}/" + (", data/ (tokenizer)" if tokenizer else ""))
+            (part / "data").mkdir()
+            make_tokenizer(str(tokenizer), config.model.vocab_size, (), part / "data")
+        save_model(part, workdir, config, variables)
+    print(f"{family.model_type}: {count(variables):,} parameters; {workdir}/config.json, checkpoints/ (step 0), "
+          f"{ORIGINAL}/" + (", data/ (tokenizer)" if tokenizer else ""))
     if tokenizer is None:
         print(f"{source} has neither tokenizer.json nor a SentencePiece model; to generate or train on text, set "
               "--config.data.tokenizer to one")
 
 
-def leaves(tree: Any) -> list[Any]:
-    """The arrays of a tree."""
+def count(variables: Any) -> int:
+    """Numbers in all arrays of a tree."""
     import jax
-    return jax.tree.leaves(tree)
+    return sum(leaf.size for leaf in jax.tree.leaves(variables))
 
 
 def find_tokenizer(folder: Path) -> Path | None:
@@ -65,30 +64,31 @@ def find_tokenizer(folder: Path) -> Path | None:
     return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
-def save_tokenizer(tokenizer: Path, folder: Path, vocab_size: int) -> None:
-    """Puts a tokenizer where a workdir has it."""
-    from moejax.data.tokenizers import make_tokenizer
-    folder.mkdir()
-    make_tokenizer(str(tokenizer), vocab_size, (), folder)
-
-
-def keep_original(source: Path, folder: Path) -> None:
-    """Copies config.json and the tokenizer's files."""
-    folder.mkdir(parents=True)
-    for name in ("config.json", *TOKENIZER_FILES):
+def copy_present(source: Path, folder: Path, names: Sequence[str]) -> None:
+    """Copies those of the files that there are."""
+    for name in names:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
 
 
-def write_config(path: Path, config: Any, workdir: Path, tokenizer: Path | None) -> None:
-    """Writes config.json so that a run with it starts from the imported model and tokenises as it does."""
-    from moejax.config import to_dict
-    tree = to_dict(config)
-    workdir = workdir.absolute()  # so that it is found from any folder
+def save_model(part: Path, workdir: Path, config: Config, variables: Any) -> None:
+    """Writes a checkpoint of step 0 and a config.json, with which a run starts from it and tokenises as it does.
+
+    Args:
+      part: the folder to write, which becomes `workdir`; holds the original checkpoint's tokenizer, if there is one.
+      workdir: the name that the folder will have.
+      config: of the model.
+      variables: {"params": ..., "router": ...}.
+    """
+    from moejax.checkpoint.store import Store
+    store = Store(part)
+    store.save(0, {"model": variables}, {"content": None}, None)
+    store.close()
+    tree, workdir = to_dict(config), workdir.absolute()  # so that it is found from any folder
     tree["train"]["init_from"] = str(workdir)
-    if tokenizer is not None:
+    if tokenizer := find_tokenizer(part / ORIGINAL):
         tree["data"]["tokenizer"] = str(workdir / ORIGINAL / tokenizer.name)
-    path.write_text(json.dumps(tree, indent=2))
+    (part / "config.json").write_text(json.dumps(tree, indent=2))
 
 
 @contextlib.contextmanager
@@ -111,10 +111,8 @@ def built_beside(folder: Path) -> Iterator[Path]:
 
 def export_checkpoint(workdir: Path, target: Path, family: str | None, dtype: str | None, step: int | None) -> None:
     """Writes a checkpoint of a workdir for other libraries, or nothing. Raises `UserError` as `to_hf` does."""
-    check(not target.exists() or target.is_dir() and not any(target.iterdir()), f"{target}: is not an empty folder; choose "
-          "another name, nothing is overwritten")
+    check_free(target)
     from moejax.evaluation.load import load
-    from moejax.hf.disk import read_json
     from moejax.hf.families import FAMILIES
     from moejax.hf.save import DTYPES, to_hf
     check(family is None or family in FAMILIES, f"--family={family} must be one of {', '.join(FAMILIES)}"
@@ -123,28 +121,23 @@ def export_checkpoint(workdir: Path, target: Path, family: str | None, dtype: st
     check(bool(family or model.model.architecture.family), f"{workdir}: not an imported model; say what it should become "
           f"with --family, one of {', '.join(FAMILIES)}")
     original = workdir / ORIGINAL
-    options = read_json(original / "config.json") if (original / "config.json").is_file() else {}
+    options = {}
+    if (original / "config.json").is_file():
+        options = read_object(original / "config.json", "check its permissions", "restore it, or delete it")
     stored = options.get("dtype") or options.get("torch_dtype")
     with built_beside(target) as part:
         to_hf(model, variables, part, family=family, dtype=dtype or (stored if stored in DTYPES else "float32"),
               options=extra(options, family or model.model.architecture.family))
-        for name in TOKENIZER_FILES:
-            if (original / name).is_file():
-                shutil.copyfile(original / name, part / name)
+        copy_present(original, part, TOKENIZER_FILES)
     print(f"{target}: config.json, *.safetensors" + (", tokenizer" if find_tokenizer(target) else ""))
 
 
 def upcycle_workdir(workdir: Path, new: Path, changes: dict[str, Any], how: dict[str, Any], seed: int) -> None:
     """Makes a workdir with experts of one with a dense model, or nothing. Raises `UserError` as `upcycle` does."""
-    check(not new.exists() or new.is_dir() and not any(new.iterdir()),
-          f"{new}: is not an empty folder; choose another name, nothing is overwritten")
-    import dataclasses
-
+    check_free(new)
     import jax
 
-    from moejax.checkpoint.store import Store
     from moejax.checkpoint.workdir import read_config
-    from moejax.config import MoEConfig, build_group
     from moejax.evaluation.load import load
     from moejax.models import transformer
     from moejax.models.upcycle import Upcycling, upcycle
@@ -158,13 +151,9 @@ def upcycle_workdir(workdir: Path, new: Path, changes: dict[str, Any], how: dict
         for name in ("data", ORIGINAL):
             if (workdir / name).is_dir():
                 shutil.copytree(workdir / name, part / name)
-        store = Store(part)
-        store.save(0, {"model": upcycled}, {"content": None}, None)
-        store.close()
-        write_config(part / "config.json", config, new, find_tokenizer(part / ORIGINAL))
-    count = [sum(leaf.size for leaf in leaves(tree)) for tree in (variables, upcycled)]
-    print(f"{new}: {sparse.moe.num_experts} experts of {sparse.moe.ffn} units a layer; {count[0]:,} parameters became "
-          f"{count[1]:,}")
+        save_model(part, new, config, upcycled)
+    print(f"{new}: {sparse.moe.num_experts} experts of {sparse.moe.ffn} units a layer; {count(variables):,} parameters "
+          f"became {count(upcycled):,}")
 
 
 def extra(options: dict[str, Any], family: str) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from typing import Any, Callable, Iterator, Sequence
 
-from moejax.architecture import Rope
+from moejax.architecture import PLAIN
 from moejax.config import ModelConfig, MoEConfig, check
 from moejax.hf.family import REQUIRED, Options
 from moejax.hf.tensors import Tensor
@@ -18,6 +18,12 @@ ROPE = {"linear": {"factor": "factor"},
                  "mscale_all_dim": "mscale_all_dim", "attention_factor": "attention_factor", "truncate": "truncate",
                  "original_max_position_embeddings": "original_length"}}
 """Options of each way to stretch the rotary embedding, and the field of `Rope` that each is."""
+
+KINDS = {"full_attention": "full", "sliding_attention": "sliding", "chunked_attention": "chunked"}
+"""Kinds of attention as config.json names them."""
+
+EXPERTS = {"count": "num_local_experts", "width": "intermediate_size"}
+"""Names of the options of `read_experts` in families whose layers are all sparse, mostly."""
 
 
 def read_model(options: Options, *, ffn: str = "intermediate_size", tied: bool = False, base: Any = REQUIRED,
@@ -39,6 +45,12 @@ def read_model(options: Options, *, ffn: str = "intermediate_size", tied: bool =
     model["head_dim"] = options.take("head_dim", None) or model["embed"] // model["heads"]
     base, rope = read_rope(options, model["max_length"], base, fraction)
     return model | {"rope_base": base, "architecture": {"rope": rope}}
+
+
+def read_attention_bias(options: Options, default: bool = False) -> dict[str, bool]:
+    """attention_bias, which in most families is on all four projections."""
+    bias = options.take("attention_bias", default)
+    return {"qkv_bias": bias, "output_bias": bias}
 
 
 def write_model(model: ModelConfig, *, ffn: str = "intermediate_size", head_dim: bool = True) -> dict[str, Any]:
@@ -78,7 +90,7 @@ def read_rope(options: Options, max_length: int, base: Any = REQUIRED, fraction:
 
 def write_rope(model: ModelConfig) -> dict[str, Any]:
     """What `read_rope` reads, as versions 4 and 5 of transformers both understand it."""
-    rope, plain = model.architecture.rope, Rope()
+    rope, plain = model.architecture.rope, PLAIN.rope
     written = {"rope_theta": model.rope_base, "rope_scaling": None, "partial_rotary_factor": rope.fraction}
     if rope.scaling != "none":
         values = {theirs: getattr(rope, ours) for theirs, ours in ROPE[rope.scaling].items()}
@@ -112,15 +124,15 @@ def write_experts(model: ModelConfig, moe: MoEConfig, *, count: str, width: str,
     return written
 
 
-def ends(model: ModelConfig, *, embedding: str = "model.embed_tokens.weight", norm: str = "model.norm",
-         head: str = "lm_head") -> Iterator[Tensor]:
+def ends(model: ModelConfig, *, embedding: str = "model.embed_tokens.weight", norm: str = "model.norm"
+         ) -> Iterator[Tensor]:
     """Embedding, last norm and head."""
     yield Tensor(embedding, ("params", "embedding", "table"), "v d -> v d")
     yield from norms(model, norm, ("params", "final_norm"), None)
     if not model.tie_embeddings:
-        yield Tensor(f"{head}.weight", ("params", "embedding", "head"), "v d -> d v")
+        yield Tensor("lm_head.weight", ("params", "embedding", "head"), "v d -> d v")
     if model.architecture.head_bias:
-        yield Tensor(f"{head}.bias", ("params", "embedding", "head_bias"), "v -> v")
+        yield Tensor("lm_head.bias", ("params", "embedding", "head_bias"), "v -> v")
 
 
 def norms(model: ModelConfig, disk: str, path: tuple[str, ...], layer: int | None) -> Iterator[Tensor]:
@@ -130,13 +142,18 @@ def norms(model: ModelConfig, disk: str, path: tuple[str, ...], layer: int | Non
         yield Tensor(f"{disk}.bias", (*path, "bias"), "d -> d", layer)
 
 
-def attention(model: ModelConfig, layer: int, *, block: str = "model.layers", inner: str = "self_attn",
-              before: str = "input_layernorm", after: str = "post_attention_layernorm", out: str = "o_proj",
-              qk_norms: tuple[str, str] = ("q_norm", "k_norm"), interleaved: bool = False) -> Iterator[Tensor]:
+def block_norms(model: ModelConfig, layer: int, before: str = "input_layernorm", after: str = "post_attention_layernorm"
+                ) -> Iterator[Tensor]:
+    """The norms of attention and of the feed-forward layer."""
+    yield from norms(model, f"model.layers.{layer}.{before}", ("params", "attention_norm"), layer)
+    yield from norms(model, f"model.layers.{layer}.{after}", ("params", "feed_forward_norm"), layer)
+
+
+def attention(model: ModelConfig, layer: int, *, qk_norms: tuple[str, str] = ("q_norm", "k_norm"),
+              interleaved: bool = False, **block_norm_names: str) -> Iterator[Tensor]:
     """The norms of a block, and attention with grouped queries."""
-    design, disk = model.architecture, f"{block}.{layer}.{inner}"
-    yield from norms(model, f"{block}.{layer}.{before}", ("params", "attention_norm"), layer)
-    yield from norms(model, f"{block}.{layer}.{after}", ("params", "feed_forward_norm"), layer)
+    design, disk = model.architecture, f"model.layers.{layer}.self_attn"
+    yield from block_norms(model, layer, **block_norm_names)
     for name in ("q", "k", "v"):
         pairs = interleaved and name != "v"
         yield Tensor(f"{disk}.{name}_proj.weight", ("params", "attention", f"w_{name}"), "(q h) d -> d q h", layer,
@@ -144,9 +161,9 @@ def attention(model: ModelConfig, layer: int, *, block: str = "model.layers", in
         if design.qkv_bias:
             yield Tensor(f"{disk}.{name}_proj.bias", ("params", "attention", f"b_{name}"), "(q h) -> q h", layer,
                          pairs=(1, 0) if pairs else None)
-    yield Tensor(f"{disk}.{out}.weight", ("params", "attention", "w_o"), "d (q h) -> q h d", layer)
+    yield Tensor(f"{disk}.o_proj.weight", ("params", "attention", "w_o"), "d (q h) -> q h d", layer)
     if design.output_bias:
-        yield Tensor(f"{disk}.{out}.bias", ("params", "attention", "b_o"), "d -> d", layer)
+        yield Tensor(f"{disk}.o_proj.bias", ("params", "attention", "b_o"), "d -> d", layer)
     if model.qk_norm and design.qk_norm != "rotated_unit":
         layout = "(q h) -> q h" if design.qk_norm == "projection" else "h -> h"
         for name, theirs in zip("qk", qk_norms):
@@ -155,16 +172,15 @@ def attention(model: ModelConfig, layer: int, *, block: str = "model.layers", in
         yield Tensor(f"{disk}.sinks", ("params", "attention", "sinks"), "q -> q", layer)
 
 
-def feed_forward(model: ModelConfig, layer: int, disk: str, *, path: str = "feed_forward",
-                 names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")) -> Iterator[Tensor]:
+def feed_forward(model: ModelConfig, layer: int, disk: str, *, path: str = "feed_forward") -> Iterator[Tensor]:
     """A gated dense layer, of its own or shared beside experts."""
-    for g, name in enumerate(names[:2]):
+    for g, name in enumerate(("gate_proj", "up_proj")):
         yield Tensor(f"{disk}.{name}.weight", ("params", path, "w_in"), "f d -> d f", layer, at=(None, g))
         if model.architecture.ffn_bias:
             yield Tensor(f"{disk}.{name}.bias", ("params", path, "b_in"), "f -> f", layer, at=(g,))
-    yield Tensor(f"{disk}.{names[2]}.weight", ("params", path, "w_out"), "d f -> f d", layer)
+    yield Tensor(f"{disk}.down_proj.weight", ("params", path, "w_out"), "d f -> f d", layer)
     if model.architecture.ffn_bias:
-        yield Tensor(f"{disk}.{names[2]}.bias", ("params", path, "b_out"), "d -> d", layer)
+        yield Tensor(f"{disk}.down_proj.bias", ("params", path, "b_out"), "d -> d", layer)
 
 
 def router(layer: int, disk: str) -> Iterator[Tensor]:
@@ -184,11 +200,6 @@ def experts(moe: MoEConfig, layer: int, disk: str, fused: bool,
             yield Tensor(f"{disk}.{e}.{name}.weight", ("params", "moe", "w_in"), "f d -> d f", layer, at=(e, None, g))
         yield Tensor(f"{disk}.{e}.{names[2]}.weight", ("params", "moe", "w_out"), "d f -> f d", layer, at=(e,))
 
-
-
-
-KINDS = {"full_attention": "full", "sliding_attention": "sliding", "chunked_attention": "chunked"}
-"""Kinds of attention as config.json names them."""
 
 
 def shortest_period(kinds: Sequence[str]) -> tuple[str, ...]:

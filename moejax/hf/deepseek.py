@@ -17,14 +17,13 @@ LATENT = {"kv_lora_rank": "rank", "qk_rope_head_dim": "rotary_dim", "v_head_dim"
 
 def latent_attention(model: ModelConfig, layer: int) -> Iterator[Tensor]:
     """The norms of a block, and its latent attention; rotated dimensions lie in interleaved pairs."""
-    design, latent, block = model.architecture, model.architecture.latent, f"model.layers.{layer}"
-    disk, plain = f"{block}.self_attn", model.head_dim - latent.rotary_dim
+    design, latent = model.architecture, model.architecture.latent
+    disk, plain = f"model.layers.{layer}.self_attn", model.head_dim - latent.rotary_dim
 
     def line(name: str, parameter: str, layout: str, pairs: tuple[int, int] | None = None) -> Tensor:
         return Tensor(f"{disk}.{name}", ("params", "attention", *parameter.split("/")), layout, layer, pairs=pairs)
 
-    yield from common.norms(model, f"{block}.input_layernorm", ("params", "attention_norm"), layer)
-    yield from common.norms(model, f"{block}.post_attention_layernorm", ("params", "feed_forward_norm"), layer)
+    yield from common.block_norms(model, layer)
     if latent.query_rank:
         yield line("q_a_proj.weight", "w_q_down", "r d -> d r")
         yield line("q_a_layernorm.weight", "q_norm/scale", "r -> r")
@@ -68,9 +67,8 @@ def read_latent(options: Options) -> dict[str, Any]:
     model["head_dim"], model["kv_heads"] = plain + latent["rotary_dim"], model["heads"]
     options.only("qk_head_dim", model["head_dim"])
     options.only("rope_interleave", True)
-    bias = options.take("attention_bias", False)
-    model["architecture"] |= {"qkv_bias": bias, "output_bias": bias,
-                              "latent": latent | {"query_rank": options.take("q_lora_rank", None) or 0}}
+    model["architecture"] |= common.read_attention_bias(options) | {
+        "latent": latent | {"query_rank": options.take("q_lora_rank", None) or 0}}
     return model
 
 
@@ -151,9 +149,8 @@ def write_glm4(model: ModelConfig, moe: MoEConfig) -> dict[str, Any]:
 def read_dots1(options: Options) -> dict[str, Any]:
     """V3's layers with Qwen3's attention."""
     model = common.read_model(options) | {"qk_norm": True}
-    bias = options.take("attention_bias", False)
     first = options.take("max_window_layers", 62)
-    model["architecture"] |= {"qkv_bias": bias, "output_bias": bias} | common.read_windows(
+    model["architecture"] |= common.read_attention_bias(options) | common.read_windows(
         options, model["layers"], window=4096, slides=lambda i: i >= first, mixed=True)
     return {"model": model, "moe": read_v3_router(options)}
 

@@ -2,30 +2,23 @@
 
 import json
 from pathlib import Path
-from typing import Any, Mapping
+from typing import Any, Callable, Mapping
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from moejax.config import UserError, check
+from moejax.config import UserError, check, read_object
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 SHARD_BYTES = 5 * 2**30
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A file that holds a JSON object. Raises `UserError` if it does not, or is not there."""
-    try:
-        values = json.loads(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); give the folder of a checkpoint with config.json and "
-                        "*.safetensors") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error}); fetch it again") from None
-    check(isinstance(values, dict), f"{path}: not a JSON object; fetch it again")
-    return values
+def check_free(folder: Path) -> None:
+    """Raises `UserError` if there is something at that path other than an empty folder."""
+    check(not folder.exists() or folder.is_dir() and not any(folder.iterdir()),
+          f"{folder}: is not an empty folder; choose another name, nothing is overwritten")
 
 
 class Files:
@@ -38,7 +31,7 @@ class Files:
     def __init__(self, folder: Path):
         self.folder = folder
         if (folder / INDEX).exists():
-            where = read_json(folder / INDEX).get("weight_map")
+            where = read_object(folder / INDEX, "check its permissions", "fetch it again").get("weight_map")
             check(isinstance(where, dict) and all(isinstance(name, str) for name in where.values()),
                   f"{folder / INDEX}: has no weight_map; fetch it again")
             names = sorted(set(where.values()))
@@ -82,31 +75,30 @@ class Files:
         return values
 
 
-def write(folder: Path, tensors: Mapping[str, Any], shard_bytes: int = SHARD_BYTES) -> None:
+def write(folder: Path, tensors: Mapping[str, Callable[[], np.ndarray]], shard_bytes: int = SHARD_BYTES) -> None:
     """Writes tensors (name -> function that makes the array) in files of at most `shard_bytes`; several get an index."""
-    shards, sizes, names = [{}], [0], list(tensors)
-    parts = []
-    for name in names:
-        array = tensors[name]()
-        if sizes[-1] and sizes[-1] + array.nbytes > shard_bytes:
-            parts.append(_write_part(folder, len(parts), shards[-1]))
-            shards[-1] = {}
-            sizes.append(0)
-        shards[-1][name] = np.ascontiguousarray(array)
-        sizes[-1] += array.nbytes
-    parts.append(_write_part(folder, len(parts), shards[-1]))
+    held: dict[str, np.ndarray] = {}
+    parts, held_bytes, total = [], 0, 0
+    for name, make in tensors.items():
+        array = np.ascontiguousarray(make())
+        if held and held_bytes + array.nbytes > shard_bytes:
+            parts.append(_write_part(folder, len(parts), held))
+            held, held_bytes = {}, 0
+        held[name] = array
+        held_bytes, total = held_bytes + array.nbytes, total + array.nbytes
+    parts.append(_write_part(folder, len(parts), held))
     if len(parts) == 1:
         parts[0][0].rename(folder / SINGLE)
         return
     where = {}
-    for number, (path, held) in enumerate(parts, 1):
+    for number, (path, names) in enumerate(parts, 1):
         final = f"model-{number:05}-of-{len(parts):05}.safetensors"
         path.rename(folder / final)
-        where |= dict.fromkeys(held, final)
-    (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": sum(sizes)}, "weight_map": where}, indent=2))
+        where |= dict.fromkeys(names, final)
+    (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2))
 
 
-def _write_part(folder: Path, number: int, tensors: Mapping[str, np.ndarray]) -> tuple[Path, list[str]]:
+def _write_part(folder: Path, number: int, tensors: dict[str, np.ndarray]) -> tuple[Path, list[str]]:
     path = folder / f".part-{number}.safetensors"
-    save_file(dict(tensors), path, metadata={"format": "pt"})
+    save_file(tensors, path, metadata={"format": "pt"})
     return path, list(tensors)

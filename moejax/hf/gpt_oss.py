@@ -7,8 +7,6 @@ from moejax.hf import common
 from moejax.hf.family import Family, Options
 from moejax.hf.tensors import Tensor
 
-EXPERTS = {"count": "num_local_experts", "width": "intermediate_size"}
-
 
 def tensors(model: ModelConfig, moe: MoEConfig, other: bool) -> Iterator[Tensor]:
     """Gate and up are interleaved, and matrices of experts lie as [in, out]."""
@@ -29,22 +27,21 @@ def read(options: Options) -> dict[str, Any]:
     model = common.read_model(options)
     check(model["architecture"]["rope"].get("scaling") == "yarn",
           f"{options.where}: option rope_scaling must be one of type yarn, which others assume")
-    bias = options.take("attention_bias", True)
     options.only("swiglu_alpha", 1.702)
     options.take("experts_per_token", None)  # num_experts_per_tok again
-    model["architecture"] |= {
-        "qkv_bias": bias, "output_bias": bias, "sinks": True, "expert_bias": True, "activation": "clamped_swiglu",
+    model["architecture"] |= common.read_attention_bias(options, default=True) | {
+        "sinks": True, "expert_bias": True, "activation": "clamped_swiglu",
         "clamp": float(options.take("swiglu_limit", 7.0))} | common.read_windows(
             options, model["layers"], window=128, slides=lambda i: i % 2 == 0, mixed=True)
-    return {"model": model, "moe": common.read_experts(options, **EXPERTS) | {
+    return {"model": model, "moe": common.read_experts(options, **common.EXPERTS) | {
         "router": "topk", "renormalize": True, "options": {"bias": True}}}
 
 
 def write(model: ModelConfig, moe: MoEConfig) -> dict[str, Any]:
     """See `Family.write`."""
     design = model.architecture
-    return common.write_model(model) | common.write_windows(model) | common.write_experts(model, moe, **EXPERTS) | {
-        "attention_bias": design.qkv_bias, "swiglu_limit": design.clamp}
+    return common.write_model(model) | common.write_windows(model) | common.write_experts(
+        model, moe, **common.EXPERTS) | {"attention_bias": design.qkv_bias, "swiglu_limit": design.clamp}
 
 
 GPT_OSS = Family("gpt_oss", "GptOssForCausalLM", read, write, tensors)

@@ -7,8 +7,6 @@ from moejax.hf import common
 from moejax.hf.family import Family, Options
 from moejax.hf.tensors import Tensor
 
-EXPERTS = {"count": "num_local_experts", "width": "intermediate_size"}
-
 
 def tensors(model: ModelConfig, moe: MoEConfig, other: bool) -> Iterator[Tensor]:
     """The experts of a layer always lie in one tensor."""
@@ -29,13 +27,12 @@ def tensors(model: ModelConfig, moe: MoEConfig, other: bool) -> Iterator[Tensor]
 def read(options: Options, shared: bool) -> dict[str, Any]:
     """See `Family.read`."""
     model = common.read_model(options)
-    bias = options.take("attention_bias", False)
-    model["architecture"] |= {
-        "qkv_bias": bias, "output_bias": bias, "attention_scale": float(options.take("attention_multiplier", 1.0)),
+    model["architecture"] |= common.read_attention_bias(options) | {
+        "attention_scale": float(options.take("attention_multiplier", 1.0)),
         "embedding_multiplier": float(options.take("embedding_multiplier", 1.0)),
         "residual_multiplier": float(options.take("residual_multiplier", 1.0)),
         "logit_multiplier": 1 / options.take("logits_scaling", 1.0)}
-    moe = common.read_experts(options, **EXPERTS) | {"router": "topk", "renormalize": True}
+    moe = common.read_experts(options, **common.EXPERTS) | {"router": "topk", "renormalize": True}
     width = options.take("shared_intermediate_size", 0) if shared else 0
     return {"model": model, "moe": moe | ({"shared_experts": 1, "shared_ffn": width} if width else {})}
 
@@ -43,7 +40,7 @@ def read(options: Options, shared: bool) -> dict[str, Any]:
 def write(model: ModelConfig, moe: MoEConfig) -> dict[str, Any]:
     """See `Family.write`."""
     design = model.architecture
-    return common.write_model(model, head_dim=False) | common.write_experts(model, moe, **EXPERTS) | {
+    return common.write_model(model, head_dim=False) | common.write_experts(model, moe, **common.EXPERTS) | {
         "attention_bias": design.qkv_bias, "attention_multiplier": design.attention_scale,
         "embedding_multiplier": design.embedding_multiplier, "residual_multiplier": design.residual_multiplier,
         "logits_scaling": 1 / design.logit_multiplier} | (

@@ -24,8 +24,7 @@ def tensors(model: ModelConfig, moe: MoEConfig, other: bool) -> Iterator[Tensor]
 def read(options: Options) -> dict[str, Any]:
     """See `Family.read`."""
     model = common.read_model(options) | {"qk_norm": True}
-    bias = options.take("attention_bias", False)
-    model["architecture"] |= {"qk_norm": "rotated_head", "qkv_bias": bias, "output_bias": bias}
+    model["architecture"] |= common.read_attention_bias(options) | {"qk_norm": "rotated_head"}
     return {"model": model, "moe": common.read_experts(options, **EXPERTS) | {
         "router": "topk", "renormalize": True, "shared_experts": 1}}
 

@@ -19,8 +19,7 @@ def tensors(model: ModelConfig, moe: MoEConfig, other: bool) -> Iterator[Tensor]
 def read_llama(options: Options) -> dict[str, Any]:
     """Biases on all projections, or none."""
     model = common.read_model(options, base=10_000.0)
-    bias = options.take("attention_bias", False)
-    model["architecture"] |= {"qkv_bias": bias, "output_bias": bias, "ffn_bias": options.take("mlp_bias", False)}
+    model["architecture"] |= common.read_attention_bias(options) | {"ffn_bias": options.take("mlp_bias", False)}
     return {"model": model}
 
 
@@ -64,8 +63,7 @@ def write_qwen2(model: ModelConfig, moe: MoEConfig) -> dict[str, Any]:
 def read_qwen3(options: Options) -> dict[str, Any]:
     """Norms on query and key heads."""
     model = common.read_model(options) | {"qk_norm": True}
-    bias = options.take("attention_bias", False)
-    model["architecture"] |= {"qkv_bias": bias, "output_bias": bias} | late_windows(options, model["layers"])
+    model["architecture"] |= common.read_attention_bias(options) | late_windows(options, model["layers"])
     return {"model": model}
 
 

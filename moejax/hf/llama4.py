@@ -8,8 +8,6 @@ from moejax.hf.family import Family, Options
 from moejax.hf.tensors import Tensor
 from moejax.models.stacks import kinds
 
-EXPERTS = {"count": "num_local_experts", "width": "intermediate_size"}
-
 
 def tensors(model: ModelConfig, moe: MoEConfig, other: bool) -> Iterator[Tensor]:
     """Experts lie as [in, out], gate before up; rotated dimensions in interleaved pairs."""
@@ -29,7 +27,7 @@ def tensors(model: ModelConfig, moe: MoEConfig, other: bool) -> Iterator[Tensor]
 def read(options: Options) -> dict[str, Any]:
     """See `Family.read`."""
     model = common.read_model(options, ffn="intermediate_size_mlp") | {"qk_norm": options.take("use_qk_norm", True)}
-    layers, bias = model["layers"], options.take("attention_bias", False)
+    layers = model["layers"]
     step = options.take("interleave_moe_layer_step", 1)
     sparse = options.take("moe_layers", None) or list(range(step - 1, layers, step))
     rotated = options.take("no_rope_layers", None)
@@ -44,17 +42,19 @@ def read(options: Options) -> dict[str, Any]:
     options.take("for_llm_compressor", None)
     tuned = options.take("attn_temperature_tuning", True)
     floor, scale = options.take("floor_scale", 8192), options.take("attn_scale", 0.1)
-    model["architecture"] |= {
-        "qkv_bias": bias, "output_bias": bias, "qk_norm": "rotated_unit", "attention": common.shortest_period(kinds),
+    model["architecture"] |= common.read_attention_bias(options) | {
+        "qk_norm": "rotated_unit", "attention": common.shortest_period(kinds),
         "window": chunk if "chunked" in kinds else 0, "temperature_scale": float(scale),
         "temperature_floor": int(floor) if tuned else 0}
-    return {"model": model, "moe": common.read_experts(options, **EXPERTS) | {"router": "llama4", "sparse_blocks": sparse}}
+    return {"model": model, "moe": common.read_experts(options, **common.EXPERTS) | {
+        "router": "llama4", "sparse_blocks": sparse}}
 
 
 def write(model: ModelConfig, moe: MoEConfig) -> dict[str, Any]:
     """See `Family.write`."""
     design, listed = model.architecture, [kind.attention for kind in kinds(model, moe)]
-    return common.write_model(model, ffn="intermediate_size_mlp") | common.write_experts(model, moe, **EXPERTS) | {
+    return common.write_model(model, ffn="intermediate_size_mlp") | common.write_experts(
+        model, moe, **common.EXPERTS) | {
         "use_qk_norm": model.qk_norm, "attention_bias": design.qkv_bias, "moe_layers": list(moe.sparse_blocks),
         "no_rope_layers": [int(kind != "unrotated") for kind in listed], "attention_chunk_size": design.window or None,
         "layer_types": ["chunked_attention" if kind == "chunked" else "full_attention" for kind in listed],

@@ -13,10 +13,10 @@ from tqdm import tqdm
 
 from moejax import config as config_lib
 from moejax import sharding
-from moejax.config import Config, UserError, check
+from moejax.config import Config, UserError, check, read_object
 from moejax.evaluation.load import abstract_variables
 from moejax.hf import tensors
-from moejax.hf.disk import Files, read_json
+from moejax.hf.disk import Files
 from moejax.hf.families import FAMILIES
 from moejax.hf.family import Family, Options
 from moejax.models import stacks, transformer
@@ -53,7 +53,7 @@ def from_hf(folder: str | Path, mesh: Mesh | None = None, *, dtype: str = "float
 def read_config(folder: Path, dtype: str = "float32") -> tuple[Family, Config]:
     """The family of a checkpoint, and its config.json as ours. Raises `UserError` on what is not implemented."""
     path = folder / "config.json"
-    values = read_json(path)
+    values = read_object(path, "give the folder of a checkpoint with config.json and *.safetensors", "fetch it again")
     name = values.get("model_type")
     check(name in FAMILIES, f"{path}: model_type={name!r} is not implemented; there are {', '.join(FAMILIES)}")
     family = FAMILIES[name]
@@ -71,7 +71,7 @@ def interpret(family: Family, options: Options, dtype: str = "float32") -> Confi
     except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise UserError(f"{options.where}: an option has a value that it cannot have ({error})") from None
     options.finish()
-    settings["model"]["architecture"] = settings["model"].get("architecture", {}) | {"family": family.model_type}
+    settings["model"]["architecture"] |= {"family": family.model_type}
     length = min(DEFAULT_LENGTH, settings["model"]["max_length"])
     try:
         return transformer.resolve(config_lib.build(
@@ -99,13 +99,13 @@ def read_variables(folder: Path, family: Family, model: transformer.Transformer,
     for disk, lines in tqdm(table.items(), desc=f"reading {folder}", unit="tensor", disable=not progress):
         on_disk = files.read(disk)
         for line in lines:
-            path, repeat = whole_path(line, places)
-            shape = line_shape(line, leaves[path].shape, repeat)
+            path, index = tensors.locate(line, places)
             part = on_disk if line.part is None else on_disk.take(range(*line.part), axis=line.axis)
-            start = [*([] if repeat is None else [repeat]), *(0 if i is None else i for i in line.at)]
-            start += [0] * (leaves[path].ndim - len(start))
-            piece, single = tensors.to_piece(line, part, shape), _one_hot_axes(line, repeat)
-            variables[path] = _fill(where_of[path])(variables[path], piece, single, np.array(start, np.int32))
+            piece = tensors.to_piece(line, part, tensors.piece_shape(index, leaves[path].shape))
+            single = tuple(axis for axis, i in enumerate(index) if i is not None)
+            start = np.zeros(leaves[path].ndim, np.int32)
+            start[:len(index)] = [i or 0 for i in index]
+            variables[path] = _fill(where_of[path])(variables[path], piece, single, start)
     return jax.tree.unflatten(jax.tree.structure(shapes), variables.values())
 
 
@@ -128,34 +128,12 @@ def check_complete(files: Files, family: Family, model: transformer.Transformer,
               f"{files.folder}: tie_word_embeddings is set, but tensor {own} differs from {tied}")
     check(not extra, f"{files.folder}: tensor {extra and extra[0]} is not part of the model ({len(extra)} in all)")
     for disk, lines in table.items():
-        wanted = None
-        for line in lines:
-            path, repeat = whole_path(line, places)
-            shape = list(tensors.disk_shape(line, line_shape(line, leaves[path].shape, repeat)))
-            if line.part is not None:
-                shape[line.axis] = max(other.part[1] for other in lines)
-            wanted = tuple(shape)
-        check(files.shape(disk) == wanted, f"{files.folder}: tensor {disk} has shape {files.shape(disk)}, but by "
-              f"config.json it should be {wanted}")
-
-
-def whole_path(line: tensors.Tensor, places: Sequence[tuple[str, str, int]]) -> tuple[tuple[str, ...], int | None]:
-    """Path of the parameter in the tree of all variables, and the repeat of its stack, if it is part of a block."""
-    if line.layer is None:
-        return line.path, None
-    stack, block, repeat = places[line.layer]
-    return (line.path[0], stack, block, *line.path[1:]), repeat
-
-
-def line_shape(line: tensors.Tensor, leaf_shape: Sequence[int], repeat: int | None) -> tuple[int, ...]:
-    """The shape of the piece that a line fills."""
-    return tensors.piece_shape(line, leaf_shape if repeat is None else leaf_shape[1:])
-
-
-def _one_hot_axes(line: tensors.Tensor, repeat: int | None) -> tuple[int, ...]:
-    """Axes of the parameter of which the piece holds one index."""
-    offset = 0 if repeat is None else 1
-    return (*range(offset), *(offset + axis for axis, index in enumerate(line.at) if index is not None))
+        path, index = tensors.locate(lines[0], places)
+        wanted = list(tensors.disk_shape(lines[0], tensors.piece_shape(index, leaves[path].shape)))
+        if lines[0].part is not None:
+            wanted[lines[0].axis] = max(line.part[1] for line in lines)
+        check(files.shape(disk) == tuple(wanted), f"{files.folder}: tensor {disk} has shape {files.shape(disk)}, but by "
+              f"config.json it should be {tuple(wanted)}")
 
 
 @lru_cache
@@ -164,9 +142,9 @@ def _fill(where: jax.sharding.Sharding) -> Any:
     return jax.jit(_write, static_argnums=2, donate_argnums=0, out_shardings=where)
 
 
-def _write(parameter: Array, piece: Array, one_hot_axes: tuple[int, ...], start: Array) -> Array:
-    return jax.lax.dynamic_update_slice(parameter, jnp.expand_dims(piece, one_hot_axes).astype(parameter.dtype),
-                                        tuple(start))
+def _write(parameter: Array, piece: Array, single: tuple[int, ...], start: Array) -> Array:
+    """The parameter with a piece, which lacks the `single` axes, from an index on."""
+    return jax.lax.dynamic_update_slice(parameter, jnp.expand_dims(piece, single).astype(parameter.dtype), tuple(start))
 
 
 def flat(tree: Any) -> dict[tuple[str, ...], Any]:

@@ -7,8 +7,6 @@ from moejax.hf import common
 from moejax.hf.family import REQUIRED, Family, Options
 from moejax.hf.tensors import Tensor
 
-EXPERTS = {"count": "num_local_experts", "width": "intermediate_size"}
-
 
 def tensors(model: ModelConfig, moe: MoEConfig, other: bool, router_in_memory: str = "gate") -> Iterator[Tensor]:
     """The table of both; in the other layout, that of transformers' memory, the router may have another name."""
@@ -27,12 +25,12 @@ def read_mixtral(options: Options) -> dict[str, Any]:
     model = common.read_model(options)
     model["architecture"] |= common.read_windows(options, model["layers"])
     options.only("router_jitter_noise", 0.0, 0)
-    return {"model": model, "moe": common.read_experts(options, **EXPERTS) | {"router": "mixtral"}}
+    return {"model": model, "moe": common.read_experts(options, **common.EXPERTS) | {"router": "mixtral"}}
 
 
 def write_mixtral(model: ModelConfig, moe: MoEConfig) -> dict[str, Any]:
     """What `read_mixtral` reads."""
-    return common.write_model(model) | common.write_windows(model) | common.write_experts(model, moe, **EXPERTS)
+    return common.write_model(model) | common.write_windows(model) | common.write_experts(model, moe, **common.EXPERTS)
 
 
 def read_minimax(options: Options) -> dict[str, Any]:
@@ -44,13 +42,13 @@ def read_minimax(options: Options) -> dict[str, Any]:
     options.only("use_routing_bias", True)
     options.only("use_qk_norm", True)
     options.only("qk_norm_type", "per_layer")
-    return {"model": model, "moe": common.read_experts(options, **EXPERTS) | {"router": "loss_free", "renormalize": True,
-                                                                              "bias_rate": 0.001}}
+    return {"model": model, "moe": common.read_experts(options, **common.EXPERTS) | {
+        "router": "loss_free", "renormalize": True, "bias_rate": 0.001}}
 
 
 def write_minimax(model: ModelConfig, moe: MoEConfig) -> dict[str, Any]:
     """What `read_minimax` reads."""
-    return common.write_model(model) | common.write_experts(model, moe, **EXPERTS)
+    return common.write_model(model) | common.write_experts(model, moe, **common.EXPERTS)
 
 
 MIXTRAL = Family("mixtral", "MixtralForCausalLM", read_mixtral, write_mixtral, tensors)

@@ -24,9 +24,9 @@ def tensors(model: ModelConfig, moe: MoEConfig, other: bool) -> Iterator[Tensor]
 def read(options: Options, norm_after: bool) -> dict[str, Any]:
     """See `Family.read`."""
     model = common.read_model(options) | {"qk_norm": True}
-    bias, clip = options.take("attention_bias", False), options.take("clip_qkv", None)
-    model["architecture"] |= {"qk_norm": "projection", "qkv_bias": bias, "output_bias": bias, "norm_after": norm_after,
-                              "clip_qkv": None if clip is None else float(clip)}
+    clip = options.take("clip_qkv", None)
+    model["architecture"] |= common.read_attention_bias(options) | {
+        "qk_norm": "projection", "norm_after": norm_after, "clip_qkv": None if clip is None else float(clip)}
     return {"model": model, "moe": common.read_experts(options, **EXPERTS) | {"router": "olmoe"}}
 
 

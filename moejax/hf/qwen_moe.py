@@ -69,10 +69,9 @@ def qwen3_experts(options: Mapping[str, Any]) -> dict[str, str]:
 def read_qwen3(options: Options) -> dict[str, Any]:
     """See `Family.read`."""
     model = common.read_model(options) | {"qk_norm": True}
-    bias = options.take("attention_bias", False)
     used = options.take("use_sliding_window", False)
     options.take("max_window_layers", None)  # all blocks have one mask
-    model["architecture"] |= {"qkv_bias": bias, "output_bias": bias} | common.read_windows(
+    model["architecture"] |= common.read_attention_bias(options) | common.read_windows(
         options, model["layers"], window=4096, used=used)
     moe = common.read_experts(options, **qwen3_experts(options.values)) | read_sparse(options, model["layers"])
     return {"model": model, "moe": moe | {"router": "topk"}}

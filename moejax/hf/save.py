@@ -14,7 +14,7 @@ from moejax.evaluation.load import abstract_variables
 from moejax.hf import disk, tensors
 from moejax.hf.families import FAMILIES
 from moejax.hf.family import Family, Options
-from moejax.hf.load import flat, interpret, whole_path
+from moejax.hf.load import flat, interpret
 from moejax.models import stacks, transformer
 from moejax.moe.routing import get_router
 
@@ -40,14 +40,13 @@ def to_hf(model: transformer.Transformer, params: Mapping[str, Any], folder: str
     folder, name = Path(folder), family or model.model.architecture.family
     check(name in FAMILIES, f"family={name!r} must be one of {', '.join(FAMILIES)}")
     check(dtype in DTYPES, f"dtype={dtype!r} must be one of {', '.join(DTYPES)}")
-    check(not folder.exists() or folder.is_dir() and not any(folder.iterdir()),
-          f"{folder}: is not an empty folder; choose another name, nothing is overwritten")
+    disk.check_free(folder)
     chosen = FAMILIES[name]
-    values = express(chosen, name, model)
+    values = express(chosen, model)
     shapes = flat(abstract_variables(model)[0])
     places = stacks.places(model.model, model.moe)
     table = tensors.by_disk(chosen.tensors(model.model, model.moe, False))
-    left = set(shapes) - {whole_path(line, places)[0] for lines in table.values() for line in lines}
+    left = set(shapes) - {tensors.locate(line, places)[0] for lines in table.values() for line in lines}
     check(not left, f"parameter {'/'.join(min(left, default=()))} has no place in a model of type {name}")
     variables = flat({"params": params["params"], "router": params["router"]})
     folder.mkdir(parents=True, exist_ok=True)
@@ -67,39 +66,36 @@ COMPUTED = ("experts_per_token", "num_experts", "latent_divisor", "shared_expert
 """Keys of `config.moe` that change what a model computes, beside widths, routers and which blocks are sparse."""
 
 
-def express(family: Family, name: str, model: transformer.Transformer) -> dict[str, Any]:
+def express(family: Family, model: transformer.Transformer) -> dict[str, Any]:
     """The options of config.json. Raises `UserError` if, read again, they would give another model."""
+    name = family.model_type
     try:
         values = family.write(model.model, model.moe)
     except (AttributeError, TypeError, ValueError, ZeroDivisionError, IndexError):
         raise UserError(f"this model cannot be written as a model of type {name}: other routers or blocks") from None
     again = interpret(family, Options({**values, "model_type": name}, f"as a model of type {name}"))
-    mine = {f"model.{key}": value for key, value in to_dict(model.model).items()} | computed(model.model, model.moe)
-    theirs = {f"model.{key}": value for key, value in to_dict(again.model).items()} | computed(again.model, again.moe)
-    sparse = all(kind.sparse for kind in stacks.kinds(model.model, model.moe))
-    for tree in (mine, theirs):
-        for key in ("dropout", "ffn") if sparse else ("dropout",):
-            del tree[f"model.{key}"]
-    mine, theirs = flatten(mine), flatten(theirs)
+    mine, theirs = computed(model.model, model.moe), computed(again.model, again.moe)
     for key in sorted(mine.keys() | theirs.keys()):
         one, other = mine.get(key), theirs.get(key)
         floats = isinstance(one, float) and isinstance(other, float)
         same = math.isclose(one, other, rel_tol=1e-9) if floats else one == other
-        check(same or key == "model.architecture.family",
-              f"config.{key}={one!r} cannot be written as a model of type {name}, which would have {other!r}")
+        check(same, f"config.{key}={one!r} cannot be written as a model of type {name}, which would have {other!r}")
     return values
 
 
 def computed(model: ModelConfig, moe: MoEConfig) -> dict[str, Any]:
-    """What of the sparse blocks changes the model's outputs, by the names of the keys."""
-    listed = stacks.kinds(model, moe)
-    if not any(kind.sparse for kind in listed):
-        return {"moe.every": 0}
-    hidden, own = moe.ffn or model.ffn, to_dict(moe)
-    return {"moe.every": tuple(kind.sparse for kind in listed), "moe.ffn": hidden,
-            "moe.router": get_router(moe.router).route,
-            "moe.shared_ffn": (moe.shared_ffn or moe.shared_experts * hidden) if moe.shared_experts else 0,
-            "moe.bias_rate": moe.bias_rate > 0} | {f"moe.{key}": own[key] for key in COMPUTED}
+    """What changes a model's outputs, by the dotted names of the keys."""
+    sparse, hidden = [kind.sparse for kind in stacks.kinds(model, moe)], moe.ffn or model.ffn
+    own = flatten({"model": to_dict(model)})
+    for name in ("dropout", "architecture.family", *(["ffn"] if all(sparse) else [])):
+        del own[f"model.{name}"]
+    own["moe.every"] = sparse
+    if not any(sparse):
+        return own
+    return own | flatten({"moe": {
+        "ffn": hidden, "router": get_router(moe.router).route, "bias_rate": moe.bias_rate > 0,
+        "shared_ffn": (moe.shared_ffn or moe.shared_experts * hidden) if moe.shared_experts else 0,
+        **{key: value for key, value in to_dict(moe).items() if key in COMPUTED}}})
 
 
 def gather(lines: Sequence[tensors.Tensor], variables: Mapping[tuple[str, ...], Any],
@@ -107,10 +103,6 @@ def gather(lines: Sequence[tensors.Tensor], variables: Mapping[tuple[str, ...], 
     """A tensor as it lies on disk, of the parameters of which it is made."""
     parts = []
     for line in sorted(lines, key=lambda line: line.part or (0, 0)):
-        path, repeat = whole_path(line, places)
-        leaf = variables[path]
-        index = tuple(slice(None) if i is None else i for i in line.at)
-        piece = np.asarray(leaf[index] if repeat is None else leaf[(repeat, *index)])
-        parts.append((line.axis, tensors.to_disk(line, piece)))
-    return np.concatenate([part for _, part in parts], axis=parts[0][0]).astype(dtype) if len(parts) > 1 else (
-        parts[0][1].astype(dtype))
+        path, index = tensors.locate(line, places)
+        parts.append(tensors.to_disk(line, np.asarray(variables[path][tensors.slices(index)])))
+    return np.concatenate(parts, axis=lines[0].axis).astype(dtype)

@@ -43,10 +43,32 @@ class Tensor(NamedTuple):
         return left.strip(), right.strip()
 
 
-def piece_shape(tensor: Tensor, parameter_shape: Sequence[int]) -> tuple[int, ...]:
-    """The shape of the piece of a parameter (of one layer) that a tensor fills."""
-    at = (*tensor.at, *(None,) * (len(parameter_shape) - len(tensor.at)))
-    return tuple(size for size, index in zip(parameter_shape, at, strict=True) if index is None)
+Index = tuple[int | None, ...]
+"""For the first dimensions of a parameter an index, or None for all of a dimension; those behind are whole."""
+
+
+def locate(tensor: Tensor, places: Sequence[tuple[str, str, int]]) -> tuple[tuple[str, ...], Index]:
+    """Path of the parameter in the tree of all variables, and where in it the piece lies.
+
+    Args:
+      tensor: a line of a table.
+      places: stack, block and repeat of every layer, see `moejax.models.stacks.places`.
+    """
+    if tensor.layer is None:
+        return tensor.path, tensor.at
+    stack, block, repeat = places[tensor.layer]
+    return (tensor.path[0], stack, block, *tensor.path[1:]), (repeat, *tensor.at)
+
+
+def slices(index: Index) -> tuple[int | slice, ...]:
+    """The index as numpy takes it."""
+    return tuple(slice(None) if i is None else i for i in index)
+
+
+def piece_shape(index: Index, parameter_shape: Sequence[int]) -> tuple[int, ...]:
+    """The shape of the piece of a parameter that lies at an index."""
+    whole = (*index, *(None,) * (len(parameter_shape) - len(index)))
+    return tuple(size for size, i in zip(parameter_shape, whole, strict=True) if i is None)
 
 
 def disk_shape(tensor: Tensor, shape: Sequence[int]) -> tuple[int, ...]:
@@ -59,9 +81,9 @@ def disk_shape(tensor: Tensor, shape: Sequence[int]) -> tuple[int, ...]:
 
 def to_piece(tensor: Tensor, on_disk: np.ndarray, shape: Sequence[int]) -> np.ndarray:
     """What fills the parameter, from the (part of the) tensor on disk."""
-    right = tensor.sides[1]
-    piece = rearrange(on_disk, tensor.layout, **{name: size for name, size in zip(right.split(), shape) if f"{name}" in
-                                                 _grouped(tensor.sides[0])})
+    left, right = tensor.sides
+    grouped = {name for group in re.findall(r"\(([^)]*)\)", left) for name in group.split()}
+    piece = rearrange(on_disk, tensor.layout, **{name: n for name, n in zip(right.split(), shape) if name in grouped})
     return piece if tensor.pairs is None else _reorder(piece, *tensor.pairs, split=True)
 
 
@@ -71,10 +93,6 @@ def to_disk(tensor: Tensor, piece: np.ndarray) -> np.ndarray:
     if tensor.pairs is not None:
         piece = _reorder(piece, *tensor.pairs, split=False)
     return rearrange(piece, f"{right} -> {left}")
-
-
-def _grouped(side: str) -> set[str]:
-    return {name for group in re.findall(r"\(([^)]*)\)", side) for name in group.split()}
 
 
 def _reorder(piece: np.ndarray, axis: int, first: int, split: bool) -> np.ndarray:

@@ -9,9 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from moejax.architecture import Rope
-
-PLAIN = Rope()
+from moejax.architecture import PLAIN, Rope
 
 
 def frequencies(dims: int, base: float, rope: Rope) -> np.ndarray:
@@ -51,7 +49,7 @@ def amplitude(rope: Rope) -> float:
     return yarn_scale(rope.factor, 1.0)
 
 
-def angles(positions_BL: Array, dims: int, base: float, rope: Rope = PLAIN) -> tuple[Array, Array]:
+def angles(positions_BL: Array, dims: int, base: float, rope: Rope = PLAIN.rope) -> tuple[Array, Array]:
     """Cosine and sine of position times frequency for `dims` dimensions, each float32 [B, L, 1, dims/2]."""
     angle = positions_BL[:, :, None, None].astype(jnp.float32) * frequencies(dims, base, rope)
     return amplitude(rope) * jnp.cos(angle), amplitude(rope) * jnp.sin(angle)

@@ -16,7 +16,7 @@ from jax import Array
 
 from moejax.config import AUTO, MoEConfig, check
 from moejax.models import transformer
-from moejax.models.stacks import kinds, places
+from moejax.models.stacks import kinds, places, plan_stacks
 from moejax.moe import routing
 from moejax.moe.routing.topk import TOPK
 
@@ -80,28 +80,41 @@ def upcycle(model: transformer.Transformer, variables: Mapping[str, Any], moe: M
           "route_scale=1, shared_gate=none, latent_divisor=1")
     check(not dense.architecture.ffn_bias,
           "the dense layers have biases, which experts cannot share out; only layers without can be upcycled")
-    sparse = model.clone(moe=moe)
+    sparse, here, there = model.clone(moe=moe), places(dense, model.moe), places(dense, moe)
     init_key, key = jax.random.split(key)
-    fresh = transformer.initial_params(sparse, init_key)
-    params = {name: leaf for name, leaf in variables["params"].items() if not name.startswith("stack_")}
-    blocks = []
-    for layer, (here, there, kind) in enumerate(zip(places(dense, model.moe), places(dense, moe), kinds(dense, moe))):
-        old, new = (jax.tree.map(lambda a, r=repeat: a[r], tree[stack][block])
-                    for tree, (stack, block, repeat) in ((variables["params"], here), (fresh, there)))
-        blocks.append(old if not kind.sparse else {name: old[name] for name in old if name != "feed_forward"} | experts_of(
-            old["feed_forward"], new, shared, how, jax.random.fold_in(key, layer)))
+    routers = initial_routers(sparse, init_key)
+    old = transformer.split_layers(model, variables["params"])
     stacked: dict[str, dict[str, list[Any]]] = {}
-    for (stack, block, _), own in zip(places(dense, moe), blocks):
-        stacked.setdefault(stack, {}).setdefault(block, []).append(own)
+    for layer, (kind, (stack, block, repeat), (new_stack, new_block, new_repeat)) in enumerate(
+            zip(kinds(dense, moe), here, there)):
+        own = old[stack][repeat][block]
+        if kind.sparse:
+            router = jax.tree.map(lambda a, r=new_repeat: a[r], routers[new_stack][new_block])
+            own = {name: own[name] for name in own if name != "feed_forward"} | experts_of(
+                own["feed_forward"], router, moe.num_experts, shared, how, jax.random.fold_in(key, layer))
+        stacked.setdefault(new_stack, {}).setdefault(new_block, []).append(own)
+    params = {name: tree for name, tree in variables["params"].items() if name not in {stack for stack, _, _ in here}}
     for stack, runs in stacked.items():
         params[stack] = {block: jax.tree.map(lambda *layers: jnp.stack(layers), *own) for block, own in runs.items()}
     return sparse, {"params": params, "router": transformer.initial_router_state(dense, moe)}
 
 
-def experts_of(dense: Mapping[str, Array], new: Mapping[str, Any], shared: int, how: Upcycling, key: Array
-               ) -> dict[str, Any]:
-    """Parameters of a sparse layer (`moe`, and `shared` if there is one) of those of a dense one, and fresh ones."""
-    experts, granularity = new["moe"]["w_in"].shape[0], how.granularity
+def initial_routers(model: transformer.Transformer, key: Array) -> dict[str, dict[str, dict[str, Array]]]:
+    """Fresh parameters of a model's routers by stack, sparse block and name; jitted, so that no expert is drawn."""
+    names = [f"router_{name}" for name in routing.get_router(model.moe.router).parameters(model.moe, model.model.embed)]
+
+    def drawn(key: Array) -> dict[str, dict[str, dict[str, Array]]]:
+        params = transformer.initial_params(model, key)
+        return {f"stack_{i}": {f"block_{j}": {name: params[f"stack_{i}"][f"block_{j}"]["moe"][name] for name in names}
+                               for j, sparse in enumerate(stack.sparse) if sparse}
+                for i, stack in enumerate(plan_stacks(model.model, model.moe))}
+    return jax.jit(drawn)(key)
+
+
+def experts_of(dense: Mapping[str, Array], router: Mapping[str, Array], experts: int, shared: int, how: Upcycling,
+               key: Array) -> dict[str, Any]:
+    """Parameters of a sparse layer (`moe`, and `shared` if there is one) of those of a dense one and a fresh router."""
+    granularity = how.granularity
     shard_E = jnp.arange(experts) % granularity
 
     def shards(w: Array, axis: int) -> Array:
@@ -122,9 +135,9 @@ def experts_of(dense: Mapping[str, Array], new: Mapping[str, Any], shared: int, 
         one, other = jax.random.split(noise_key)
         w_in_EDGF += how.noise * jnp.std(w_in_EDGF) * jax.random.normal(one, w_in_EDGF.shape)
         w_out_EFD += how.noise * jnp.std(w_out_EFD) * jax.random.normal(other, w_out_EFD.shape)
-    router = {name: jnp.repeat(value[..., ::granularity], granularity, axis=-1) if name.endswith("E") else value
-              for name, value in new["moe"].items() if name.startswith("router_")}
-    moe = {"w_in": w_in_EDGF, "w_out": w_out_EFD} | router
+    # Experts are the last dimension of all that a top-k router learns. The first of each set scores for it.
+    scores = {name: jnp.repeat(value[..., ::granularity], granularity, axis=-1) for name, value in router.items()}
+    moe = {"w_in": w_in_EDGF, "w_out": w_out_EFD} | scores
     if not shared:
         return {"moe": moe}
     return {"moe": moe, "shared": {"w_in": dense["w_in"][..., :shared], "w_out": dense["w_out"][:shared]}}

@@ -102,6 +102,13 @@ def z_loss(logits_TE: Array, context: RoutingContext) -> Array:
     return jnp.sum(jnp.where(context.mask_T, log_z_T**2, 0.0)) / jnp.maximum(context.totals.tokens, 1.0)
 
 
+def balance_and_z(probs_TE: Array, logits_TE: Array, counted: Assignments, context: RoutingContext, scope: str,
+                  whole_E: Array | None) -> dict[str, Array]:
+    """The two losses that most token-choice routers have: `balance` (see `load_balancing_loss`) and `router_z`."""
+    return {"balance": load_balancing_loss(probs_TE, counted, context, scope, whole_E),
+            "router_z": z_loss(logits_TE, context)}
+
+
 def update_bias(bias_E: Array, assigned_E: Array, rate: float, rule: str) -> Array:
     """One step of auxiliary-loss-free balancing: the selection bias of overloaded experts falls, of others it rises.
 

@@ -72,7 +72,7 @@ def mixture(config: MoEConfig, router_parameters: Mapping[str, Array], state: Ma
             y_TD, received_E, replayed_E = sparse(config, kept, w_in_EDGF, w_out_EFD, b_in_EGF, x_TD, context.sequences,
                                                   key, activation)
             if b_out_ED is not None:
-                y_TD = y_TD + (weights_of(kept, *x_TD.shape[:1], config.num_experts) @ b_out_ED).astype(y_TD.dtype)
+                y_TD = y_TD + (weights_of(kept, len(x_TD), config.num_experts) @ b_out_ED).astype(y_TD.dtype)
             assigned_E = balance.count_per_expert(chosen, config.num_experts)[0]
             dropped_E = assigned_E - balance.count_per_expert(kept, config.num_experts)[0]
         case Slots() as chosen:

@@ -99,7 +99,9 @@ def content_of_run(workdir: Path) -> str | None:
         return None
     store = Store(workdir, read_only=True)
     try:
-        data = store.restore({}).data if store.steps() else {"loader": None, "content": None}
+        if not store.steps():
+            return None
+        data = store.restore({}).data
         check("loader" in data, f"{workdir}: holds a model that was not trained here; give another --workdir, and "
               f"--config.train.init_from={workdir}")
         return data["content"]

@@ -17,7 +17,7 @@ from moejax.evaluation.load import abstract_variables
 from moejax.hf import tensors
 from moejax.hf.__main__ import main
 from moejax.hf.families import FAMILIES
-from moejax.hf.load import flat, from_hf, line_shape, read_config, whole_path
+from moejax.hf.load import flat, from_hf, read_config
 from moejax.hf.save import gather
 from moejax.main import main as command_line
 from moejax.models import stacks, transformer
@@ -150,10 +150,9 @@ def test_every_element_of_every_parameter_is_filled_once():
         for other in (False, True):
             filled = {path: np.zeros(leaf.shape, int) for path, leaf in leaves.items()}
             for line in family.tensors(model.model, model.moe, other):
-                path, repeat = whole_path(line, places)
-                index = tuple(slice(None) if i is None else i for i in line.at)
-                where = filled[path][index if repeat is None else (repeat, *index)]
-                assert where.shape == line_shape(line, leaves[path].shape, repeat)
+                path, index = tensors.locate(line, places)
+                where = filled[path][tensors.slices(index)]
+                assert where.shape == tensors.piece_shape(index, leaves[path].shape)
                 where += 1
             for path, count in filled.items():
                 assert (count == 1).all(), (folder.name, path)

@@ -47,13 +47,13 @@ def test_drop_redraws_whole_units_and_noise_moves_all():
     width, units, experts = 6, 20, 4
     layer = {"w_in": jnp.asarray(rng.normal(size=(width, 2, units)), jnp.float32),
              "w_out": jnp.asarray(rng.normal(size=(units, width)), jnp.float32)}
-    new = {"moe": {"w_in": jnp.zeros((experts, width, 2, units)), "router_w_DE": jnp.zeros((width, experts))}}
-    half = experts_of(layer, new, 0, Upcycling(drop=0.5), jax.random.key(0))["moe"]
+    router = {"router_w_DE": jnp.zeros((width, experts))}
+    half = experts_of(layer, router, experts, 0, Upcycling(drop=0.5), jax.random.key(0))["moe"]
     same_in = np.asarray(half["w_in"] == layer["w_in"]).all(axis=(1, 2))
     same_out = np.asarray(half["w_out"] == layer["w_out"]).all(axis=2)
     np.testing.assert_array_equal(same_in, same_out)
     assert (same_in.sum(axis=1) == units // 2).all() and len({row.tobytes() for row in same_in}) == experts
-    noisy = experts_of(layer, new, 0, Upcycling(noise=0.1), jax.random.key(0))["moe"]
+    noisy = experts_of(layer, router, experts, 0, Upcycling(noise=0.1), jax.random.key(0))["moe"]
     moved = np.asarray(noisy["w_in"] - layer["w_in"])
     assert 0.05 < moved.std() / np.std(layer["w_in"]) < 0.2 and (moved != 0).all()
 

@@ -51,11 +51,8 @@ def route(config: MoEConfig, parameters: Mapping[str, Array], state: Mapping[str
     log_probs_TE = jax.nn.log_softmax(log_scores_TE)
     first = select.listed(expert_TK[:, :1], weight_TK[:, :1], valid_TK[:, :1])
     statistics = {"first_E": balance.count_per_expert(first, config.num_experts)[0]}
-    losses = {
-        "balance": balance.load_balancing_loss(jnp.exp(log_probs_TE), first, context, config.balance_scope,
-                                               context.whole_sum("first_E")),
-        "router_z": balance.z_loss(logits_TE, context),
-    }
+    losses = balance.balance_and_z(jnp.exp(log_probs_TE), logits_TE, first, context, config.balance_scope,
+                                   context.whole_sum("first_E"))
     return RouterOutput(assignments, losses, balance.entropy(log_probs_TE, context.mask_T), statistics)
 
 

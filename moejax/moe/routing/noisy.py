@@ -73,10 +73,8 @@ def route(config: MoEConfig, parameters: Mapping[str, Array], state: Mapping[str
     losses = {
         "importance": balance.of_sums(balance.squared_variation, importance_E, context.whole_sum("importance_E"), context),
         "load": balance.of_sums(balance.squared_variation, load_E, context.whole_sum("load_E"), context),
-        "balance": balance.load_balancing_loss(jnp.exp(log_scores_TE), assignments, context, config.balance_scope,
-                                               context.whole_sum("assigned_E")),
-        "router_z": balance.z_loss(clean_TE, context),
-    }
+    } | balance.balance_and_z(jnp.exp(log_scores_TE), clean_TE, assignments, context, config.balance_scope,
+                              context.whole_sum("assigned_E"))
     return RouterOutput(assignments, losses, balance.entropy(log_scores_TE, context.mask_T), statistics)
 
 

@@ -83,12 +83,8 @@ def route(config: MoEConfig, parameters: Mapping[str, Array], state: Mapping[str
     chosen = select.listed(expert_TK, weight_TK, mask_TK)
     statistics = {"assigned_E": balance.count_per_expert(chosen, count(config))[0]}
     log_probs_TE = jax.nn.log_softmax(log_scores_TE)
-    losses = {
-        "balance": balance.load_balancing_loss(
-            select.linear(jnp.exp(log_probs_TE), jnp.asarray(pull(config))), chosen, context, config.balance_scope,
-            context.whole_sum("assigned_E")),
-        "router_z": balance.z_loss(logits_TE, context),
-    }
+    losses = balance.balance_and_z(select.linear(jnp.exp(log_probs_TE), jnp.asarray(pull(config))), logits_TE, chosen,
+                                   context, config.balance_scope, context.whole_sum("assigned_E"))
     return RouterOutput(assignments, losses, balance.entropy(log_probs_TE, context.mask_T), statistics,
                         added_TD=added(config, parameters, x_TD.astype(jnp.float32), expert_TK, weight_TK),
                         carry_TC=logits_TE if options.gating_residual else None)

@@ -41,11 +41,8 @@ def route(config: MoEConfig, parameters: Mapping[str, Array], state: Mapping[str
 
     log_probs_TE = jax.nn.log_softmax(logits_TE)
     statistics = {"assigned_E": balance.count_per_expert(assignments, config.num_experts)[0]}
-    losses = {
-        "balance": balance.load_balancing_loss(jnp.exp(log_probs_TE), assignments, context, config.balance_scope,
-                                               context.whole_sum("assigned_E")),
-        "router_z": balance.z_loss(logits_TE, context),
-    }
+    losses = balance.balance_and_z(jnp.exp(log_probs_TE), logits_TE, assignments, context, config.balance_scope,
+                                   context.whole_sum("assigned_E"))
     return RouterOutput(assignments, losses, balance.entropy(log_probs_TE, context.mask_T), statistics)
 
 

@@ -49,12 +49,8 @@ def route(config: MoEConfig, parameters: Mapping[str, Array], state: Mapping[str
 
     statistics = {"assigned_E": balance.count_per_expert(assignments, config.num_experts)[0]}
     entropy = balance.entropy(log_probs_TE, context.mask_T)
-    losses = {
-        "balance": balance.load_balancing_loss(jnp.exp(log_probs_TE), assignments, context, config.balance_scope,
-                                               context.whole_sum("assigned_E")),
-        "entropy": entropy / jnp.maximum(context.totals.tokens, 1.0),
-        "router_z": balance.z_loss(logits_TE, context),
-    }
+    losses = {"entropy": entropy / jnp.maximum(context.totals.tokens, 1.0)} | balance.balance_and_z(
+        jnp.exp(log_probs_TE), logits_TE, assignments, context, config.balance_scope, context.whole_sum("assigned_E"))
     return RouterOutput(assignments, losses, entropy, statistics)
 
 

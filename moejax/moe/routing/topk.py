@@ -82,10 +82,7 @@ def route_by_logits(config: MoEConfig, options: Options, logits_TE: Array, bias_
         counted = select.listed(counted_TK, weight_TK, mask_TK)
         statistics["preferred_E"] = balance.count_per_expert(counted, config.num_experts)[0]
     whole_E = context.whole_sum("preferred_E" if "preferred_E" in statistics else "assigned_E")
-    losses = {
-        "balance": balance.load_balancing_loss(probs_TE, counted, context, config.balance_scope, whole_E),
-        "router_z": balance.z_loss(logits_TE, context),
-    }
+    losses = balance.balance_and_z(probs_TE, logits_TE, counted, context, config.balance_scope, whole_E)
     if options.groups > 1:
         group_TK = expert_TK // (config.num_experts // options.groups)
         probs_TG = jnp.sum(probs_TE.reshape(len(probs_TE), options.groups, -1), axis=-1)
