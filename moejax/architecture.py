@@ -47,8 +47,15 @@ class Architecture:
 
     family: str = key("", "name in moejax.hf.FAMILIES that says how the model is written for other libraries")
     norm: str = key("rms", "RMSNorm, LayerNorm, or LayerNorm without bias", choices=("rms", "layer", "layer_without_bias"))
-    norm_after: bool = key(False, "norms on the outputs of attention and feed-forward instead of their inputs (OLMo 2)")
-    positions: str = key("rotary", "what tells positions", choices=("rotary", "learned"))
+    norm_place: str = key("input", "where attention and feed-forward have their norms: on their inputs, on their outputs "
+                          "(OLMo 2), or on the sum with the stream (BERT)", choices=("input", "output", "sum"))
+    embedding_norm: bool = key(False, "a norm on the embedding (BERT)")
+    final_norm: bool = key(True, "a norm behind the last block")
+    token_types: int = key(0, "kinds of token that have a vector each, such as first and second sentence (BERT)", low=0)
+    positions: str = key("rotary", "what tells positions; relative: a learned score a head for each distance (T5)",
+                         choices=("rotary", "learned", "relative", "none"))
+    relative_buckets: int = key(32, "relative: classes of distance", low=2)
+    relative_distance: int = key(128, "relative: distances from here on are one class", low=2)
     rope: Rope = dataclasses.field(default_factory=Rope)
     attention: tuple[str, ...] = key(("full",), "kinds of attention, repeated over the blocks", choices=ATTENTION_KINDS)
     window: int = key(0, "tokens that sliding attention sees, itself included; size of the parts of chunked attention",
@@ -73,6 +80,13 @@ class Architecture:
     residual_multiplier: float = key(1.0, "factor on what a layer adds to the stream (Granite)")
     logit_multiplier: float = key(1.0, "factor on the logits")
     head_bias: bool = key(False, "a bias of the output head (PhiMoE)")
+    pool: str = key("first", "heads `classes` and `none`: what stands for a row, its first or last token or their mean",
+                    choices=("first", "last", "mean"))
+    start_token: int = key(0, "encoder_decoder: the token with which the decoder begins", low=0)
+    encoder_sparse_blocks: tuple[int, ...] | None = key(None, "encoder_decoder: numbers of the encoder's sparse blocks, "
+                                                        "from 0; None goes by the keys of config.moe", low=0)
+    head_layer: bool = key(False, "a dense layer with activation and norm before the output head (BERT)")
+    pooler: bool = key(False, "heads `classes` and `none`: a dense layer with tanh on what stands for a row (BERT)")
 
 
 PLAIN = Architecture()

@@ -44,9 +44,11 @@ def routed_key(fallback: Any, help: str, **bounds: Any) -> Any:
 class ModelConfig:
     """The Transformer's shape."""
 
-    kind: str = key("decoder", "which attention mask and stack", choices=("decoder",))
+    kind: str = key("decoder", "what sees what: a token those before, all tokens each other, or the tokens of a "
+                    "decoder those before and all of an encoder's", choices=("decoder", "encoder", "encoder_decoder"))
     vocab_size: int = key(4096, "rows of the embedding (V)", low=2)
     layers: int = key(4, "number of blocks", low=1)
+    encoder_layers: int | None = key(None, "encoder_decoder only: blocks of the encoder; None takes layers", low=1)
     embed: int = key(256, "model width (D)", low=1)
     heads: int = key(4, "query heads (Q)", low=1)
     kv_heads: int = key(2, "key and value heads (G), a divisor of heads", low=1)
@@ -57,6 +59,9 @@ class ModelConfig:
     rope_base: float = key(10_000.0, "base of the rotary frequencies", low=1)
     qk_norm: bool = key(False, "RMSNorm on each query and key head before the rotation")
     tie_embeddings: bool = key(False, "use the embedding as the output head")
+    head: str = key("tokens", "what the model ends with: scores of tokens, scores of classes for a whole row, or nothing",
+                    choices=("tokens", "classes", "none"))
+    classes: int = key(2, "scores that the head `classes` gives", low=1)
     dropout: float = key(0.0, "dropout rate on the output of each attention and feed-forward", low=0, high=1)
     architecture: Any = key(None, "where the model departs from the plain block, options by name; python -m "
                             "moejax.architecture lists them")
@@ -97,6 +102,8 @@ class MoEConfig:
     capacity_factor: float | None = routed_key(None, "room of an expert over its mean load, in training; None is dropless",
                                                low=0)
     eval_capacity_factor: float | None = routed_key(None, "the same in evaluation and generation", low=0, free=True)
+    capacity_places: int | None = key(None, "room of an expert in a routing group as a number of pairs, in training and "
+                                      "after, instead of both factors", low=1)
     drop_policy: str = routed_key(
         "token_major", "who keeps a place in a full expert: earlier tokens with all their choices, all first choices "
         "before any second, tokens with the largest weight (choice by choice), or pairs with the larger weight",

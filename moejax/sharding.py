@@ -28,6 +28,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "router": (),
     "latent": (),
     "positions": (),
+    "classes": (),
 }
 """Logical axis -> the mesh axes over which it is split."""
 

@@ -1,6 +1,8 @@
 """Every test runs on eight simulated CPU devices; tests marked `slow` run only with `--slow`."""
 
 import os
+import shutil
+import tempfile
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -8,6 +10,15 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import jax
 import pytest
 from absl import flags
+
+OWN_CACHE = jax.config.jax_compilation_cache_dir is None
+if OWN_CACHE:
+    # Many tests compile the same small programs; workers and the processes that tests start share them.
+    folder = tempfile.mkdtemp(prefix="moejax_tests_")
+    for name, value in (("jax_compilation_cache_dir", folder), ("jax_persistent_cache_min_compile_time_secs", 0),
+                        ("jax_persistent_cache_min_entry_size_bytes", -1)):
+        jax.config.update(name, value)
+        os.environ[name.upper()] = str(value)
 
 # Nearly all the time of the tests is compiling; they run as well without the optimisations that take longest.
 jax.config.update("jax_disable_most_optimizations", True)
@@ -21,6 +32,11 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes long and repeats in another combination what a fast test covers")
+
+
+def pytest_unconfigure(config):
+    if OWN_CACHE:
+        shutil.rmtree(jax.config.jax_compilation_cache_dir, ignore_errors=True)
 
 
 def pytest_collection_modifyitems(config, items):

@@ -43,7 +43,7 @@ def test_default_builds_to_the_defaults_and_json_round_trips():
     ({"model": {"architecture": {"rope": {"scaling": "yarn"}}}}, r"needs config\.model\.architecture\.rope\.original_"),
     ({"model": {"architecture": {"windw": 3}}}, r"unknown config key config\.model\.architecture\.windw \(did you mean w"),
     ({"model": {"architecture": {"latent": {"rank": 8}}}}, "latent needs an even rotary_dim"),
-    ({"moe": {"sparse_blocks": [0, 4]}}, r"sparse_blocks=\(0, 4\) names blocks beyond config.model.layers=4"),
+    ({"moe": {"sparse_blocks": [0, 4]}}, r"sparse_blocks=\(0, 4\) names blocks beyond the 4 "),
     ({"moe": {"options": 3}}, "must be None or a dict of options by name"),
     ({"moe": {"options": {"grops": 2}}}, r"unknown config key config\.moe\.options\.grops \(did you mean groups\?\)"),
     ({"moe": {"options": {"groups": 3}}}, "config.moe.options.groups=3 does not divide config.moe.num_experts=8"),

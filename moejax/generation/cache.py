@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from moejax.models.transformer import Transformer, empty_cache
+from moejax.models.transformer import Source, Transformer, empty_cache
 
 
 class Memory(NamedTuple):
@@ -16,10 +16,12 @@ class Memory(NamedTuple):
     Attributes:
       layers: keys and values by stack and block, with S slots a row; see `moejax.models.transformer.empty_cache`.
       segments_BS: int32, 1 where a slot holds a real token, 0 where it is empty or holds padding.
+      source_segments_BS: the same of what an encoder has read; None without one.
     """
 
     layers: Mapping[str, Any]
     segments_BS: Array
+    source_segments_BS: Array | None = None
 
 
 def empty(model: Transformer, batch: int, slots: int) -> Memory:
@@ -29,7 +31,7 @@ def empty(model: Transformer, batch: int, slots: int) -> Memory:
 
 
 def extend(model: Transformer, params: Mapping[str, Any], memory: Memory, tokens_BL: Array, positions_BL: Array,
-           real_BL: Array, at: Array | int) -> tuple[Array, Memory]:
+           real_BL: Array, at: Array | int, source: Source | None = None) -> tuple[Array, Memory]:
     """Reads L more tokens a row.
 
     Args:
@@ -40,12 +42,15 @@ def extend(model: Transformer, params: Mapping[str, Any], memory: Memory, tokens
       positions_BL: int32, from 0 in each row, padding not counted.
       real_BL: bool, false for padding, which no token sees and no router counts.
       at: the first slot that the tokens take; the slots from there on are empty.
+      source: what the encoder reads, the first time, if there is one.
 
     Returns:
       Scores of the next token, float32 [B, L, V], and the memory with the tokens.
     """
     segments_BL = real_BL.astype(jnp.int32)
     segments_BS = jax.lax.dynamic_update_slice_in_dim(memory.segments_BS, segments_BL, at, axis=1)
+    source_segments_BS = memory.source_segments_BS if source is None else source.segments_BS
     output = model.apply({"params": params["params"]}, tokens_BL, positions_BL, segments_BL, params["router"],
-                         cache=memory.layers, at=at, cached_segments_BS=segments_BS)
-    return output.logits_BLV, Memory(output.cache, segments_BS)
+                         source=source, source_segments_BS=source_segments_BS, cache=memory.layers, at=at,
+                         cached_segments_BS=segments_BS)
+    return output.logits_BLV, Memory(output.cache, segments_BS, source_segments_BS)

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec
 from moejax import axes
 from moejax.config import UserError, check
 from moejax.generation import cache, prompts, sampling
-from moejax.models.transformer import Transformer, split_layers
+from moejax.models.transformer import Source, Transformer, split_layers
 from moejax.moe.routing import get_router
 
 
@@ -45,13 +45,13 @@ class Settings(NamedTuple):
 
 def generate(model: Transformer, params: Mapping[str, Any], tokens: Any, mask: Any = None, max_new_tokens: int = 32,
              temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, repetition_penalty: float = 1.0,
-             stop_tokens: Sequence[int] = (), seed: int = 0) -> Generated:
+             stop_tokens: Sequence[int] = (), seed: int = 0, decoder_tokens: Any = None) -> Generated:
     """Continues prompts. Compiles once for each model, batch size and power of two of prompt length and new tokens.
 
     Args:
-      model: the decoder.
+      model: a decoder, or an encoder with a decoder.
       params: {"params": parameters, "router": router state}.
-      tokens: int [B, L], or a list of B lists of ids.
+      tokens: int [B, L], or a list of B lists of ids; what the encoder reads, if there is one.
       mask: bool [B, L], false at padding, which may lie anywhere; None: every token is real.
       max_new_tokens: new tokens of a row that meets no stop token.
       temperature: divides the logits; 0 takes the most probable token.
@@ -60,6 +60,7 @@ def generate(model: Transformer, params: Mapping[str, Any], tokens: Any, mask: A
       repetition_penalty: divides positive and multiplies negative logits of tokens in the row; 1 is off.
       stop_tokens: ids that end a row.
       seed: of the samples. The same prompt twice in a batch gives two samples, but equal calls give equal results.
+      decoder_tokens: with an encoder, lists of ids with which the decoder begins each row; None: that of the model.
 
     Returns:
       `Generated`.
@@ -81,6 +82,15 @@ def generate(model: Transformer, params: Mapping[str, Any], tokens: Any, mask: A
               "(config.model.vocab_size)")
         stop_V[token] = True
     tokens_BL, mask_BL = prompts.read(tokens, mask, vocab_size)
+    said, source = [row[real] for row, real in zip(tokens_BL, mask_BL)], None
+    if model.model.kind == "encoder_decoder":
+        source = read_source(tokens_BL, mask_BL, context)
+        begun = [[model.model.architecture.start_token]] * len(tokens_BL) if decoder_tokens is None else decoder_tokens
+        tokens_BL, mask_BL = prompts.read(begun, None, vocab_size)
+        check(len(tokens_BL) == len(said), f"there are {len(said)} rows of tokens, but {len(tokens_BL)} of decoder_tokens")
+        said = [np.concatenate([row, begin]) for row, begin in zip(said, tokens_BL)]
+    else:
+        check(decoder_tokens is None, "decoder_tokens are for models with an encoder and a decoder; put them into tokens")
     lengths_B = mask_BL.sum(axis=1)
     longest, shortest = int(lengths_B.max()), int(lengths_B.min())
     check(shortest > 0, f"the prompt in row {int(lengths_B.argmin())} is empty; give it at least one token")
@@ -88,26 +98,42 @@ def generate(model: Transformer, params: Mapping[str, Any], tokens: Any, mask: A
           f"more than the model's context of {context} (config.model.max_length); shorten one of them")
 
     batch = len(tokens_BL)
-    digests_B2 = sampling.row_digests([row[real] for row, real in zip(tokens_BL, mask_BL)], seed)
+    digests_B2 = sampling.row_digests(said, seed)
     rows = prompts.round_up(batch, axes.BATCH_AXES)
     tokens_BL, mask_BL = (prompts.pad_to(a_BL, (rows, a_BL.shape[1])) for a_BL in (tokens_BL, mask_BL))
     tokens_BL, mask_BL = prompts.pack_left(tokens_BL, mask_BL, 1 + bucket(longest - 1, context))
     model = model.clone(scan=model.scan and model.model.layers > UNROLLED_LAYERS)
     settings = Settings(float(temperature), int(top_k), float(top_p), float(repetition_penalty))
-    new_BN, lengths_B = decode(model, params, tokens_BL, mask_BL, prompts.pad_to(digests_B2, (rows, 2)), stop_V,
+    new_BN, lengths_B = decode(model, params, source, tokens_BL, mask_BL, prompts.pad_to(digests_B2, (rows, 2)), stop_V,
                                settings, int(max_new_tokens), slots=bucket(int(max_new_tokens), context))
     return Generated(np.asarray(new_BN)[:batch, :max_new_tokens], np.asarray(lengths_B)[:batch])
+
+
+def read_source(tokens_BS: np.ndarray, mask_BS: np.ndarray, context: int) -> Source:
+    """What an encoder reads, filled up to a size of which there are few. Raises `UserError` if it is too long or empty."""
+    lengths_B = mask_BS.sum(axis=1)
+    check(int(lengths_B.max()) <= context, f"a row of {lengths_B.max()} tokens is more than the model's context of "
+          f"{context} (config.model.max_length); shorten it")
+    check(int(lengths_B.min()) > 0, f"row {int(lengths_B.argmin())} of tokens is empty; give it at least one token")
+    length = max(bucket(int(lengths_B.max()), context), tokens_BS.shape[1])
+    shape = prompts.round_up(len(tokens_BS), axes.BATCH_AXES), length
+    tokens_BS, mask_BS = (prompts.pad_to(a_BS, shape) for a_BS in (tokens_BS, mask_BS))
+    return Source(tokens_BS, prompts.count_positions(mask_BS), mask_BS.astype(np.int32))
 
 
 def check_decodable(model: Transformer) -> None:
     """Raises `UserError` unless the model can be asked for one token after another, each row on its own."""
     moe, mesh = model.moe, jax.sharding.get_abstract_mesh()
+    check(model.model.kind != "encoder" and model.model.head == "tokens", f"config.model.kind={model.model.kind} with "
+          f"config.model.head={model.model.head} generates nothing; moejax.logits and moejax.embed read with such a model")
     if moe.every and not get_router(moe.router).generates:
         raise UserError(f"config.moe.router={moe.router} chooses among tokens that are not there yet, so it has no rule"
                         " for generating; use a token-choice router such as topk")
-    if moe.every and moe.eval_capacity_factor is not None and moe.routing_group == "global":
-        raise UserError("config.moe.eval_capacity_factor with config.moe.routing_group=global lets the prompts of a"
-                        " batch displace each other; to generate, set config.moe.eval_capacity_factor=None (dropless)")
+    limited = (moe.eval_capacity_factor, moe.capacity_places) != (None, None)
+    if moe.every and limited and moe.routing_group == "global":
+        raise UserError("config.moe.eval_capacity_factor or capacity_places with config.moe.routing_group=global lets the"
+                        " prompts of a batch displace each other; to generate, set config.moe.eval_capacity_factor=None"
+                        " (dropless)")
     if not mesh.empty and mesh.shape[axes.CONTEXT] > 1:
         raise UserError(f"config.mesh.context={mesh.shape[axes.CONTEXT]} splits sequences, but generation takes one"
                         " token at a time; set config.mesh.context=1 to generate")
@@ -146,12 +172,13 @@ class Progress(NamedTuple):
 
 
 @partial(jax.jit, static_argnames=("model", "slots"))
-def decode(model: Transformer, params: Mapping[str, Any], tokens_BL: Array, mask_BL: Array, digests_B2: Array,
-           stop_V: Array, settings: Settings, limit: Array, *, slots: int) -> tuple[Array, Array]:
+def decode(model: Transformer, params: Mapping[str, Any], source: Source | None, tokens_BL: Array, mask_BL: Array,
+           digests_B2: Array, stop_V: Array, settings: Settings, limit: Array, *, slots: int) -> tuple[Array, Array]:
     """`generate` on arrays: reads all but the last token of the prompts at once, then goes on from the last.
 
     Args:
       model, params: see `generate`.
+      source: what an encoder reads.
       tokens_BL: int32 prompts, padded on the left only; 0 at padding.
       mask_BL: bool, real tokens; a row with none yields nothing of meaning.
       digests_B2: see `sampling.row_digests`.
@@ -195,7 +222,7 @@ def decode(model: Transformer, params: Mapping[str, Any], tokens_BL: Array, mask
 
     # The scores of these tokens are not used, so the compiler leaves their [B, L, V] out.
     _, memory = cache.extend(model, params, cache.empty(model, batch, length - 1 + slots), tokens_BL[:, :-1],
-                             positions_BL[:, :-1], mask_BL[:, :-1], at=0)
+                             positions_BL[:, :-1], mask_BL[:, :-1], at=0, source=source)
     end = jax.lax.while_loop(go_on, take_step, Progress(
         step=jnp.zeros((), jnp.int32),
         token_B=tokens_BL[:, -1],

@@ -14,7 +14,7 @@ WITHOUT_EFFECT = frozenset("""
     output_hidden_states output_router_logits pad_token_id pretraining_tp problem_type resid_pdrop return_dict sep_token_id
     seq_aux summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj
     task_specific_params tokenizer_class torch_dtype transformers_version unk_token_id use_cache aux_loss_alpha
-    attn_implementation initial_context_length
+    attn_implementation initial_context_length attention_probs_dropout_prob dropout_rate gradient_checkpointing
 """.split())
 """Options of config.json that change no logit: names, ids of special tokens, initialisation, dropout, what is returned."""
 
@@ -57,6 +57,7 @@ class Family(NamedTuple):
         all experts of a layer in one tensor, if there is one.
       unused: endings of names of tensors that may be on disk and that nothing needs.
       tied: name of the head, which may be on disk if it is the embedding's, and name of that.
+      name: in `FAMILIES`; empty is the model_type.
     """
 
     model_type: str
@@ -66,3 +67,4 @@ class Family(NamedTuple):
     tensors: Callable[[ModelConfig, MoEConfig, bool], Iterator[Tensor]]
     unused: tuple[str, ...] = ("rotary_emb.inv_freq",)
     tied: tuple[str, str] = ("lm_head.weight", "model.embed_tokens.weight")
+    name: str = ""

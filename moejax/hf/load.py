@@ -55,10 +55,13 @@ def read_config(folder: Path, dtype: str = "float32") -> tuple[Family, Config]:
     path = folder / "config.json"
     values = read_object(path, "give the folder of a checkpoint with config.json and *.safetensors", "fetch it again")
     name = values.get("model_type")
-    check(name in FAMILIES, f"{path}: model_type={name!r} is not implemented; there are {', '.join(FAMILIES)}")
-    family = FAMILIES[name]
-    named = values.get("architectures") or [family.architecture]
-    check(named == [family.architecture], f"{path}: architectures={named} is not implemented, only {family.architecture}")
+    families = [family for family in FAMILIES.values() if family.model_type == name]
+    known = sorted({family.model_type for family in FAMILIES.values()})
+    check(bool(families), f"{path}: model_type={name!r} is not implemented; there are {', '.join(known)}")
+    named = values.get("architectures") or [families[0].architecture]
+    family = next((family for family in families if named == [family.architecture]), None)
+    check(family is not None, f"{path}: architectures={named} is not implemented, only "
+          f"{' or '.join(family.architecture for family in families)}")
     check(not values.get("quantization_config"), f"{path}: option quantization_config is not implemented; dequantise the "
           "checkpoint first")
     return family, interpret(family, Options(values, str(path)), dtype)
@@ -71,7 +74,7 @@ def interpret(family: Family, options: Options, dtype: str = "float32") -> Confi
     except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise UserError(f"{options.where}: an option has a value that it cannot have ({error})") from None
     options.finish()
-    settings["model"]["architecture"] |= {"family": family.model_type}
+    settings["model"]["architecture"] |= {"family": family.name or family.model_type}
     length = min(DEFAULT_LENGTH, settings["model"]["max_length"])
     try:
         return transformer.resolve(config_lib.build(

@@ -16,17 +16,17 @@ def tensors(model: ModelConfig, moe: MoEConfig, other: bool) -> Iterator[Tensor]
     yield from common.ends(model)
     for i in range(model.layers):
         disk = f"model.layers.{i}.mlp"
-        yield from common.attention(model, i, **(behind if model.architecture.norm_after else {}))
+        yield from common.attention(model, i, **(behind if model.architecture.norm_place == "output" else {}))
         yield from common.router(i, f"{disk}.gate.weight")
         yield from common.experts(moe, i, f"{disk}.experts", other)
 
 
-def read(options: Options, norm_after: bool) -> dict[str, Any]:
+def read(options: Options, norm_place: str) -> dict[str, Any]:
     """See `Family.read`."""
     model = common.read_model(options) | {"qk_norm": True}
     clip = options.take("clip_qkv", None)
     model["architecture"] |= common.read_attention_bias(options) | {
-        "qk_norm": "projection", "norm_after": norm_after, "clip_qkv": None if clip is None else float(clip)}
+        "qk_norm": "projection", "norm_place": norm_place, "clip_qkv": None if clip is None else float(clip)}
     return {"model": model, "moe": common.read_experts(options, **EXPERTS) | {"router": "olmoe"}}
 
 
@@ -37,5 +37,5 @@ def write(model: ModelConfig, moe: MoEConfig) -> dict[str, Any]:
         "attention_bias": design.qkv_bias} | ({} if design.clip_qkv is None else {"clip_qkv": design.clip_qkv})
 
 
-OLMOE = Family("olmoe", "OlmoeForCausalLM", lambda options: read(options, False), write, tensors)
-FLEX_OLMO = Family("flex_olmo", "FlexOlmoForCausalLM", lambda options: read(options, True), write, tensors)
+OLMOE = Family("olmoe", "OlmoeForCausalLM", lambda options: read(options, "input"), write, tensors)
+FLEX_OLMO = Family("flex_olmo", "FlexOlmoForCausalLM", lambda options: read(options, "output"), write, tensors)

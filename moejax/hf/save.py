@@ -52,7 +52,7 @@ def to_hf(model: transformer.Transformer, params: Mapping[str, Any], folder: str
     folder.mkdir(parents=True, exist_ok=True)
     disk.write(folder, {name: partial(gather, lines, variables, places, DTYPES[dtype]) for name, lines in table.items()},
                shard_bytes)
-    named = {"model_type": name, "architectures": [chosen.architecture], "torch_dtype": dtype}
+    named = {"model_type": chosen.model_type, "architectures": [chosen.architecture], "torch_dtype": dtype}
     unknown = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))  # else defaults, which may be no ids at all
     written = {**unknown, **(options or {}), **values, **named}
     written.pop("dtype", None)
@@ -62,18 +62,18 @@ def to_hf(model: transformer.Transformer, params: Mapping[str, Any], folder: str
 
 
 COMPUTED = ("experts_per_token", "num_experts", "latent_divisor", "shared_experts", "shared_gate", "score", "renormalize",
-            "route_scale", "options", "eval_capacity_factor")
+            "route_scale", "options", "eval_capacity_factor", "capacity_places")
 """Keys of `config.moe` that change what a model computes, beside widths, routers and which blocks are sparse."""
 
 
 def express(family: Family, model: transformer.Transformer) -> dict[str, Any]:
     """The options of config.json. Raises `UserError` if, read again, they would give another model."""
-    name = family.model_type
+    name = family.name or family.model_type
     try:
         values = family.write(model.model, model.moe)
     except (AttributeError, TypeError, ValueError, ZeroDivisionError, IndexError):
         raise UserError(f"this model cannot be written as a model of type {name}: other routers or blocks") from None
-    again = interpret(family, Options({**values, "model_type": name}, f"as a model of type {name}"))
+    again = interpret(family, Options(values, f"as a model of type {name}"))
     mine, theirs = computed(model.model, model.moe), computed(again.model, again.moe)
     for key in sorted(mine.keys() | theirs.keys()):
         one, other = mine.get(key), theirs.get(key)

@@ -1,6 +1,7 @@
-"""Causal attention with grouped queries (Ainslie et al. 2023, arXiv 2305.13245), segments and a key-value cache.
+"""Attention with grouped queries (Ainslie et al. 2023, arXiv 2305.13245), segments and a key-value cache.
 
-Windows: Beltagy et al. 2004.05150; parts of a sequence and blocks without rotation: Llama 4; sinks: GPT-OSS 2508.10925.
+Windows: Beltagy et al. 2004.05150; parts of a sequence and blocks without rotation: Llama 4; sinks: GPT-OSS 2508.10925;
+relative position bias: T5 1910.10683.
 """
 
 import flax.linen as nn
@@ -19,12 +20,29 @@ from moejax.layers.rotary import rotate
 class Cache:
     """Keys and values of the tokens seen so far, [B, S, G, H]; stacked along a leading axis over equal layers.
 
-    `on_BS` tells which of them the layer's block worked on, if some may pass it.
+    Attributes:
+      k_BSGH, v_BSGH: as named.
+      on_BS: which of them the layer's block worked on, if some may pass it.
+      cross: keys and values of an encoder's tokens, if there is one.
     """
 
     k_BSGH: Array
     v_BSGH: Array
     on_BS: Array | None = None
+    cross: tuple[Array, Array] | None = None
+
+
+@struct.dataclass
+class Source:
+    """What a decoder sees of an encoder.
+
+    Attributes:
+      x_BSD: the encoder's vectors; None if the cache holds all that is needed of them.
+      visible_BLS: bool, which of them a token sees.
+    """
+
+    x_BSD: Array | None
+    visible_BLS: Array
 
 
 @struct.dataclass
@@ -35,12 +53,18 @@ class Sight:
       cos, sin: of the rotation, see `moejax.layers.rotary.angles`; None without one.
       visible: by kind of attention, bool [B, L, S]: the keys that a token sees.
       temperature_BL: factor on the queries of unrotated blocks, or None.
+      bias_BQLS: what distance adds to the scores, float32, or None; B is 1 if it is the same for all rows.
+      source: what else they see, or None.
+      causal: whether no token sees one in a later slot.
     """
 
     cos: Array | None
     sin: Array | None
     visible: dict[str, Array]
     temperature_BL: Array | None = None
+    bias_BQLS: Array | None = None
+    source: Source | None = None
+    causal: bool = struct.field(pytree_node=False, default=True)
 
 
 QUERY_BLOCK, MOST_BLOCKS = 128, 16
@@ -48,7 +72,7 @@ QUERY_BLOCK, MOST_BLOCKS = 128, 16
 
 
 def attend(q_BLQH: Array, k_BSGH: Array, v_BSGV: Array, visible_BLS: Array, causal: bool, scale: float | None = None,
-           window: int | None = None, sinks_Q: Array | None = None) -> Array:
+           window: int | None = None, sinks_Q: Array | None = None, bias_BQLS: Array | None = None) -> Array:
     """Softmax attention; each key and value head serves Q/G query heads. The softmax is taken in float32.
 
     Args:
@@ -60,6 +84,7 @@ def attend(q_BLQH: Array, k_BSGH: Array, v_BSGV: Array, visible_BLS: Array, caus
       scale: factor on the scores; None is 1/sqrt(H).
       window: if causal, a bound on the keys up to its own that a query sees, so that these blocks can leave out others.
       sinks_Q: a score for each query head that takes its part of the softmax and adds nothing, or None.
+      bias_BQLS: float32, added to the scores, or None; B may be 1.
 
     Returns:
       [B, L, Q, V].
@@ -74,6 +99,9 @@ def attend(q_BLQH: Array, k_BSGH: Array, v_BSGV: Array, visible_BLS: Array, caus
     def block(begin: int, end: int, first: int, keys: int) -> Array:
         rows_BGNH = q_BGRLH[:, :, :, begin:end].reshape(batch, groups, -1, head_dim)
         scores_BGNS = jnp.einsum("bgnh,bgsh->bgns", rows_BGNH, k_BGSH[:, :, first:keys], preferred_element_type=jnp.float32)
+        if bias_BQLS is not None:
+            part_BQLS = bias_BQLS[:, :, begin:end, first:keys]
+            scores_BGNS += part_BQLS.reshape(len(part_BQLS), groups, -1, keys - first)
         # One mask for every query head of a group, whose rows follow each other.
         shown_BGNS = jnp.tile(visible_BLS[:, None, begin:end, first:keys], (1, 1, per_group, 1))
         scores_BGNS = jnp.where(shown_BGNS, scores_BGNS, jnp.finfo(jnp.float32).min)
@@ -134,12 +162,7 @@ class Attention(nn.Module):
         rotated = sight.cos is not None and self.kind != "unrotated"
 
         def project(name: str, heads: int, axis: str) -> Array:
-            w_DQH = self.param(f"w_{name}", nn.with_logical_partitioning(
-                nn.initializers.normal(width**-0.5), ("embed", axis, "head_dim")), (width, heads, model.head_dim))
-            y_BLQH = jnp.einsum("bld,dqh->blqh", x_BLD, w_DQH.astype(self.dtype))
-            if design.qkv_bias:
-                y_BLQH += self.param(f"b_{name}", nn.with_logical_partitioning(
-                    nn.initializers.zeros, (axis, "head_dim")), (heads, model.head_dim)).astype(self.dtype)
+            y_BLQH = project_heads(self, name, x_BLD, heads, axis)
             norm = design.qk_norm if model.qk_norm and name != "v" else None
             if norm == "projection":
                 y_BLQH = RMSNorm(model.norm_eps, (axis, "head_dim"), name=f"{name}_norm")(y_BLQH)
@@ -165,9 +188,22 @@ class Attention(nn.Module):
             k_BSGH, v_BSGH = cache.k_BSGH, cache.v_BSGH
         sinks_Q = self.param("sinks", nn.with_logical_partitioning(
             nn.initializers.zeros, ("q_heads",)), (model.heads,)) if design.sinks else None
-        o_BLQH = attend_sharded(q_BLQH, k_BSGH, v_BSGH, sight.visible[self.kind], cache is None, design.attention_scale,
-                                design.window if self.kind in ("sliding", "chunked") else None, sinks_Q)
+        o_BLQH = attend_sharded(q_BLQH, k_BSGH, v_BSGH, sight.visible[self.kind], sight.causal and cache is None,
+                                design.attention_scale, design.window if self.kind in ("sliding", "chunked") else None,
+                                sinks_Q, sight.bias_BQLS)
         return output(self, o_BLQH, width, self.out_scale, design.output_bias), cache
+
+
+def project_heads(module: nn.Module, name: str, x_BLD: Array, heads: int, axis: str) -> Array:
+    """Declares, in a module of attention, a projection to heads along a logical axis, and applies it: [B, L, heads, H]."""
+    width, head_dim = x_BLD.shape[-1], module.model.head_dim
+    w_DQH = module.param(f"w_{name}", nn.with_logical_partitioning(
+        nn.initializers.normal(width**-0.5), ("embed", axis, "head_dim")), (width, heads, head_dim))
+    y_BLQH = jnp.einsum("bld,dqh->blqh", x_BLD, w_DQH.astype(module.dtype))
+    if module.model.architecture.qkv_bias:
+        y_BLQH += module.param(f"b_{name}", nn.with_logical_partitioning(
+            nn.initializers.zeros, (axis, "head_dim")), (heads, head_dim)).astype(module.dtype)
+    return y_BLQH
 
 
 def output(module: nn.Module, o_BLQV: Array, width: int, out_scale: float, use_bias: bool) -> Array:
@@ -192,10 +228,10 @@ def write(cache: Cache | None, k_BLGH: Array, v_BLGV: Array, at: Array | None) -
 
 
 def attend_sharded(q_BLQH: Array, k_BSGH: Array, v_BSGV: Array, visible_BLS: Array, causal: bool, scale: float | None,
-                   window: int | None = None, sinks_Q: Array | None = None) -> Array:
+                   window: int | None = None, sinks_Q: Array | None = None, bias_BQLS: Array | None = None) -> Array:
     """`attend` on the current mesh; with the sequence split, each device keeps its queries and gathers keys and values."""
     q_BLQH = sharding.constrain(q_BLQH, "batch", "length", "q_heads", None)
     k_BSGH, v_BSGV = (sharding.constrain(a, "batch", None, "kv_heads", None) for a in (k_BSGH, v_BSGV))
     mesh = sharding.current_mesh()
     whole = mesh is None or mesh.shape[axes.CONTEXT] == 1
-    return attend(q_BLQH, k_BSGH, v_BSGV, visible_BLS, causal and whole, scale, window, sinks_Q)
+    return attend(q_BLQH, k_BSGH, v_BSGV, visible_BLS, causal and whole, scale, window, sinks_Q, bias_BQLS)

@@ -10,6 +10,7 @@ from jax import Array
 
 from moejax.config import ModelConfig, MoEConfig
 from moejax.layers.attention import Attention, Cache, Sight
+from moejax.layers.cross import CrossAttention
 from moejax.layers.latent import LatentAttention
 from moejax.layers.mlp import FeedForward, dropout
 from moejax.layers.norm import make_norm
@@ -27,7 +28,7 @@ REMAT_POLICIES = {
 
 
 class Block(nn.Module):
-    """Attention and a feed-forward layer, each added to the residual stream, with a norm before each or after.
+    """Attention, in a decoder with an encoder cross-attention, and a feed-forward layer, each added to the residual stream.
 
     Attributes:
       model, moe: settings.
@@ -48,19 +49,30 @@ class Block(nn.Module):
         out_scale = (2 * model.layers)**-0.5  # keeps the residual stream's variance independent of depth
         drop_key = self.make_rng("dropout") if context.train and model.dropout > 0 else None
         attention_key, feed_forward_key = (None, None) if drop_key is None else jax.random.split(drop_key)
+        cross_key = None if drop_key is None else jax.random.fold_in(drop_key, 2)
         attention_norm, feed_forward_norm = (
             make_norm(design.norm, model.norm_eps, name) for name in ("attention_norm", "feed_forward_norm"))
 
-        def add(x_BLD: Array, y_BLD: Array, key: Array | None) -> Array:
-            y_BLD = dropout(y_BLD, model.dropout, key)
-            return x_BLD + (y_BLD if design.residual_multiplier == 1 else y_BLD * design.residual_multiplier)
+        def enter(norm: nn.Module, x_BLD: Array) -> Array:
+            return norm(x_BLD) if design.norm_place == "input" else x_BLD
+
+        def leave(norm: nn.Module, x_BLD: Array, y_BLD: Array, key: Array | None) -> Array:
+            y_BLD = dropout(norm(y_BLD) if design.norm_place == "output" else y_BLD, model.dropout, key)
+            x_BLD = x_BLD + (y_BLD if design.residual_multiplier == 1 else y_BLD * design.residual_multiplier)
+            return norm(x_BLD) if design.norm_place == "sum" else x_BLD
 
         attention = (LatentAttention if design.latent.rank else Attention)(
             model, self.kind.attention, out_scale, self.dtype, name="attention")
-        y_BLD, cache = attention(x_BLD if design.norm_after else attention_norm(x_BLD), sight, cache, at)
-        x_BLD = add(x_BLD, attention_norm(y_BLD) if design.norm_after else y_BLD, attention_key)
+        y_BLD, cache = attention(enter(attention_norm, x_BLD), sight, cache, at)
+        x_BLD = leave(attention_norm, x_BLD, y_BLD, attention_key)
 
-        h_BLD = x_BLD if design.norm_after else feed_forward_norm(x_BLD)
+        if self.kind.cross:
+            cross_norm = make_norm(design.norm, model.norm_eps, "cross_norm")
+            cross = CrossAttention(model, out_scale, self.dtype, name="cross_attention")
+            y_BLD, cache = cross(enter(cross_norm, x_BLD), sight.source, cache)
+            x_BLD = leave(cross_norm, x_BLD, y_BLD, cross_key)
+
+        h_BLD = enter(feed_forward_norm, x_BLD)
         if not self.kind.sparse:
             y_BLD, record = FeedForward(model.ffn, out_scale, self.dtype, design, name="feed_forward")(h_BLD), None
         else:
@@ -71,8 +83,7 @@ class Block(nn.Module):
                 width = moe.shared_ffn or moe.shared_experts * hidden
                 shared_BLD = FeedForward(width, out_scale, self.dtype, design, name="shared")(h_BLD)
                 y_BLD = with_shared(moe.shared_gate, y_BLD, shared_BLD, self.shared_logits(h_BLD))
-        return (add(x_BLD, feed_forward_norm(y_BLD) if design.norm_after else y_BLD, feed_forward_key), carry_TC, record,
-                cache)
+        return leave(feed_forward_norm, x_BLD, y_BLD, feed_forward_key), carry_TC, record, cache
 
     def shared_logits(self, h_BLD: Array) -> Array | None:
         """Scores of the shared experts (sigmoid), or of them and the routed ones (softmax), for each token, float32."""

@@ -5,12 +5,14 @@ from jax import Array
 
 from moejax.architecture import Architecture
 from moejax.config import ModelConfig
-from moejax.layers.attention import Sight
+from moejax.layers.attention import Sight, Source
 from moejax.layers.rotary import angles
+from moejax.models.stacks import Trunk
 
 
-def look(model: ModelConfig, positions_BL: Array, segments_BL: Array, cached_segments_BS: Array | None,
-         at: Array | None) -> Sight:
+def look(model: ModelConfig, trunk: Trunk, positions_BL: Array, segments_BL: Array,
+         cached_segments_BS: Array | None = None, at: Array | None = None, prefix_BL: Array | None = None,
+         source: Source | None = None) -> Sight:
     """Where the tokens of a batch stand and what they see; see `Transformer` for the arguments."""
     design = model.architecture
     cos = sin = temperature_BL = None
@@ -20,21 +22,33 @@ def look(model: ModelConfig, positions_BL: Array, segments_BL: Array, cached_seg
     if design.temperature_floor:
         passed_BL = jnp.floor((positions_BL + 1.0) / design.temperature_floor)
         temperature_BL = 1 + design.temperature_scale * jnp.log1p(passed_BL)
-    return Sight(cos, sin, visibility(design, positions_BL, segments_BL, cached_segments_BS, at), temperature_BL)
+    seen = visibility(design, trunk.causal, positions_BL, segments_BL, cached_segments_BS, at, prefix_BL)
+    return Sight(cos, sin, seen, temperature_BL, source=source, causal=trunk.causal and prefix_BL is None)
 
 
-def visibility(design: Architecture, positions_BL: Array, segments_BL: Array, cached_segments_BS: Array | None,
-               at: Array | None) -> dict[str, Array]:
-    """Which slots each token sees, by kind of attention: those of its own segment up to itself, or the last of them.
+def distances(length: int, keys: int, at: Array | None) -> Array:
+    """How far each of `keys` slots lies behind each of L tokens, the first of them in slot `at`; int32 [L, S]."""
+    # Tokens of a segment lie one behind the other, so these are the distances of their positions too.
+    return (jnp.arange(length) + (0 if at is None else at))[:, None] - jnp.arange(keys)
 
-    Bool [B, L, S].
+
+def visibility(design: Architecture, causal: bool, positions_BL: Array, segments_BL: Array,
+               cached_segments_BS: Array | None, at: Array | None, prefix_BL: Array | None) -> dict[str, Array]:
+    """Which slots each token sees, by kind of attention. Bool [B, L, S].
+
+    Those of its own segment, if causal up to itself and of the prefix; or those of them that are near.
     """
     keys_BS = segments_BL if cached_segments_BS is None else cached_segments_BS
-    slots_L = jnp.arange(segments_BL.shape[1]) + (0 if at is None else at)
-    back_LS = slots_L[:, None] - jnp.arange(keys_BS.shape[1])  # tokens of a segment lie one behind the other
-    full_BLS = (segments_BL[:, :, None] == keys_BS[:, None, :]) & (back_LS >= 0)
+    back_LS = distances(segments_BL.shape[1], keys_BS.shape[1], at)
+    full_BLS = segments_BL[:, :, None] == keys_BS[:, None, :]
+    if causal and prefix_BL is None:
+        full_BLS &= back_LS >= 0
+    elif causal:
+        in_prefix_BS = jnp.zeros(keys_BS.shape, bool).at[:, (0 if at is None else at) + jnp.arange(prefix_BL.shape[1])].set(
+            prefix_BL)
+        full_BLS &= (back_LS >= 0) | in_prefix_BS[:, None, :]
     bounds = {
-        "sliding": lambda: back_LS < design.window,
+        "sliding": lambda: abs(back_LS) < design.window,
         "chunked": lambda: back_LS <= (positions_BL % max(design.window, 1))[:, :, None],
     }
     return {kind: full_BLS & bounds[kind]() if kind in bounds else full_BLS for kind in sorted(set(design.attention))}

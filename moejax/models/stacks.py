@@ -7,10 +7,11 @@ from moejax.config import ModelConfig, MoEConfig, check
 
 
 class Kind(NamedTuple):
-    """What a block is: whether it holds experts, and its kind of attention."""
+    """What a block is: whether it holds experts, its kind of attention, and whether it also attends to an encoder."""
 
     sparse: bool
     attention: str
+    cross: bool = False
 
 
 class Stack(NamedTuple):
@@ -25,30 +26,68 @@ class Stack(NamedTuple):
         return tuple(kind.sparse for kind in self.kinds)
 
 
-def kinds(model: ModelConfig, moe: MoEConfig) -> tuple[Kind, ...]:
-    """The kind of every block, first block first.
+class Trunk(NamedTuple):
+    """A way through blocks from tokens to vectors.
 
-    Without a list, block i is sparse if i >= first_dense and (i - first_dense + 1) is a multiple of `every`; `every` 0
-    means none.
+    Attributes:
+      prefix: what the names of its parameters begin with.
+      causal: whether no token sees a later one.
+      cross: whether its blocks also attend to what an encoder made.
+      layers: number of blocks.
     """
-    if moe.sparse_blocks is not None:
-        check(not moe.sparse_blocks or max(moe.sparse_blocks) < model.layers,
-              f"config.moe.sparse_blocks={moe.sparse_blocks} names blocks beyond config.model.layers={model.layers}")
-    pattern = model.architecture.attention
+
+    prefix: str
+    causal: bool
+    cross: bool
+    layers: int
+
+
+ENCODER = "encoder_"
+"""Prefix of the encoder before a decoder. The only trunk of a model, and a decoder, have none."""
+
+
+def trunks(model: ModelConfig) -> tuple[Trunk, ...]:
+    """The trunks of a model in the order in which they run."""
+    own = Trunk("", model.kind != "encoder", model.kind == "encoder_decoder", model.layers)
+    return (Trunk(ENCODER, False, False, model.encoder_layers or model.layers), own) if own.cross else (own,)
+
+
+def kinds(model: ModelConfig, moe: MoEConfig) -> tuple[Kind, ...]:
+    """The kind of every block, first block first, an encoder's before its decoder's.
+
+    Without a list, block i of a trunk is sparse if i >= first_dense and (i - first_dense + 1) is a multiple of `every`;
+    `every` 0 means none.
+    """
+    return tuple(kind for trunk in trunks(model) for kind in trunk_kinds(model, moe, trunk))
+
+
+def trunk_kinds(model: ModelConfig, moe: MoEConfig, trunk: Trunk) -> tuple[Kind, ...]:
+    """The kind of every block of a trunk."""
+    pattern, listed, named = model.architecture.attention, moe.sparse_blocks, "config.moe.sparse_blocks"
+    if trunk.prefix == ENCODER and model.architecture.encoder_sparse_blocks is not None:
+        listed, named = model.architecture.encoder_sparse_blocks, "config.model.architecture.encoder_sparse_blocks"
+    check(not listed or max(listed) < trunk.layers,
+          f"{named}={listed} names blocks beyond the {trunk.layers} that there are (config.model."
+          f"{'encoder_' if trunk.prefix else ''}layers)")
 
     def sparse(i: int) -> bool:
         if not moe.every:
             return False
-        if moe.sparse_blocks is not None:
-            return i in moe.sparse_blocks
+        if listed is not None:
+            return i in listed
         return i >= moe.first_dense and (i - moe.first_dense + 1) % moe.every == 0
 
-    return tuple(Kind(sparse(i), pattern[i % len(pattern)]) for i in range(model.layers))
+    return tuple(Kind(sparse(i), pattern[i % len(pattern)], trunk.cross) for i in range(trunk.layers))
 
 
-def plan_stacks(model: ModelConfig, moe: MoEConfig) -> tuple[Stack, ...]:
-    """Splits the blocks into stacks that can be scanned: the fewest blocks to compile, in the fewest stacks."""
-    return _plan(kinds(model, moe))
+def plan_stacks(model: ModelConfig, moe: MoEConfig) -> dict[str, Stack]:
+    """All stacks by name, in the order in which they run."""
+    return {name: stack for trunk in trunks(model) for name, stack in trunk_stacks(model, moe, trunk).items()}
+
+
+def trunk_stacks(model: ModelConfig, moe: MoEConfig, trunk: Trunk) -> dict[str, Stack]:
+    """A trunk's blocks in stacks that can be scanned: the fewest blocks to compile, in the fewest stacks."""
+    return {f"{trunk.prefix}stack_{i}": stack for i, stack in enumerate(_plan(trunk_kinds(model, moe, trunk)))}
 
 
 @lru_cache
@@ -67,6 +106,6 @@ def _plan(blocks: tuple[Kind, ...]) -> tuple[Stack, ...]:
 
 
 def places(model: ModelConfig, moe: MoEConfig) -> list[tuple[str, str, int]]:
-    """Where each block's parameters lie, first block first: stack, block of the run, repeat."""
-    return [(f"stack_{i}", f"block_{j}", repeat) for i, stack in enumerate(plan_stacks(model, moe))
+    """Where each block's parameters lie, in the order of `kinds`: stack, block of the run, repeat."""
+    return [(name, f"block_{j}", repeat) for name, stack in plan_stacks(model, moe).items()
             for repeat in range(stack.repeats) for j in range(len(stack.kinds))]

@@ -1,4 +1,4 @@
-"""The Transformer: embedding, stacks of pre-norm blocks with dense or sparse feed-forward layers, head."""
+"""The Transformer: embedding, one or two trunks of blocks with dense or sparse feed-forward layers, head."""
 
 import dataclasses
 from functools import partial
@@ -14,15 +14,28 @@ from jax.sharding import PartitionSpec
 from moejax import axes, sharding
 from moejax.architecture import Architecture
 from moejax.config import Config, ModelConfig, MoEConfig, build_group, check
+from moejax.layers import attention
 from moejax.layers.attention import Cache
 from moejax.layers.embedding import Embedding
+from moejax.layers.mlp import PLAIN_ONES
 from moejax.layers.norm import make_norm
+from moejax.layers.pool import Pooled
+from moejax.layers.relative import RelativeBias
 from moejax.models.blocks import Run, passes_blocks
-from moejax.models.sight import look
-from moejax.models.stacks import Stack, plan_stacks
+from moejax.models.sight import distances, look
+from moejax.models.stacks import ENCODER, Stack, Trunk, plan_stacks, trunk_stacks, trunks
 from moejax.moe import routing
 from moejax.moe.layer import DECISIONS
 from moejax.moe.types import LayerRecord, RoutingContext, Totals
+
+
+@struct.dataclass
+class Source:
+    """What an encoder reads for a decoder: ids, positions and segments, as `Transformer` takes those of the decoder."""
+
+    tokens_BS: Array
+    positions_BS: Array
+    segments_BS: Array
 
 
 @struct.dataclass
@@ -33,19 +46,23 @@ class ModelOutput:
 
     Attributes:
       x_BLD: the last activations, as the head takes them.
-      logits_BLV: float32.
+      logits_BLV: float32, scores of tokens; None without such a head.
+      logits_BC: float32, scores of classes; None without such a head.
+      pooled_BD: what stands for a row; None with a head for tokens.
       records: per stack and sparse block, a `LayerRecord` with a leading axis over the stack's repeats.
       cache: like the one given, filled; or None.
     """
 
     x_BLD: Array
-    logits_BLV: Array
+    logits_BLV: Array | None
+    logits_BC: Array | None
+    pooled_BD: Array | None
     records: dict[str, dict[str, LayerRecord]]
     cache: Any
 
 
 class Transformer(nn.Module):
-    """A decoder. Parameters are float32; `dtype` is the type that activations and matmuls use.
+    """A decoder, an encoder, or both. Parameters are float32; `dtype` is the type that activations and matmuls use.
 
     Attributes:
       model, moe: settings.
@@ -62,18 +79,23 @@ class Transformer(nn.Module):
 
     @nn.compact
     def __call__(self, tokens_BL: Array, positions_BL: Array, segments_BL: Array, router_state: Mapping[str, Any], *,
-                 train: bool = False, totals: Totals | None = None, wholes: Mapping[str, Any] | None = None,
-                 cache: Mapping[str, Any] | None = None, at: Array | None = None,
+                 types_BL: Array | None = None, prefix_BL: Array | None = None, source: Source | None = None,
+                 source_segments_BS: Array | None = None, train: bool = False, totals: Mapping[str, Totals] | None = None,
+                 wholes: Mapping[str, Any] | None = None, cache: Mapping[str, Any] | None = None, at: Array | None = None,
                  cached_segments_BS: Array | None = None) -> ModelOutput:
-        """Scores the next token at every position.
+        """Scores tokens at every position, or classes for every row; see `config.model.head`.
 
         Args:
           tokens_BL: int32 ids.
           positions_BL: int32 position of each token in its document.
           segments_BL: int32 document of each token within its row; tokens see only their own. 0 is padding.
           router_state: from `initial_router_state`, or as trained.
+          types_BL: int32 type of each token, if the architecture has token types; None is the first everywhere.
+          prefix_BL: bool, tokens of a decoder that all tokens of their segment see, also those before them (prefix LM).
+          source: what the encoder of an encoder-decoder reads. A token of the decoder sees that of its own segment.
+          source_segments_BS: its segments, if the encoder has read it before and the cache holds what the decoder needs.
           train: apply dropout, router noise and the training capacity; needs the rng `dropout` if there is noise.
-          totals: sizes of the whole batch, if this is a part of it.
+          totals: sizes of the whole batch by trunk, as `count_totals` gives them, if this is a part of it.
           wholes: the routers' statistics of the whole batch, by stack and block, if this is a part of it.
           cache: from `empty_cache`, or as returned, to go on from tokens seen before.
           at: int32 scalar, first slot of the cache that the tokens take.
@@ -84,20 +106,46 @@ class Transformer(nn.Module):
         """
         model = self.model
         embedding = Embedding(model, self.dtype, name="embedding")
-        mask_BL = segments_BL > 0
-        if totals is None:
-            totals = count_totals(mask_BL)
-        mesh = sharding.current_mesh()
+        totals = totals or count_totals(segments_BL, None if source is None else source.segments_BS)
+        *before, own = trunks(model)
+        seen, records = None, {}
+        if before:
+            x_BSD, segments_BS = None, source_segments_BS
+            if source is not None:
+                segments_BS = source.segments_BS
+                x_BSD, records, _ = self.run(before[0], embedding(source.tokens_BS, source.positions_BS), source.tokens_BS,
+                                             source.positions_BS, segments_BS, router_state, train, totals, wholes)
+            seen = attention.Source(x_BSD, segments_BL[:, :, None] == segments_BS[:, None, :])
+        x_BLD, own_records, cache = self.run(
+            own, embedding(tokens_BL, positions_BL, types_BL), tokens_BL, positions_BL, segments_BL, router_state, train,
+            totals, wholes, prefix_BL, seen, cache, at, cached_segments_BS)
+        records |= own_records
+        if model.head == "tokens":
+            x_BLD = embedding.before_head(x_BLD)
+            return ModelOutput(x_BLD, embedding.logits(x_BLD), None, None, records, cache)
+        pooled_BD, logits_BC = Pooled(model, self.dtype, name="pooled")(x_BLD, segments_BL > 0)
+        return ModelOutput(x_BLD, None, logits_BC, pooled_BD, records, cache)
+
+    def run(self, trunk: Trunk, x_BLD: Array, tokens_BL: Array, positions_BL: Array, segments_BL: Array,
+            router_state: Mapping[str, Any], train: bool, totals: Mapping[str, Totals], wholes: Mapping[str, Any] | None,
+            prefix_BL: Array | None = None, source: attention.Source | None = None, cache: Mapping[str, Any] | None = None,
+            at: Array | None = None, cached_segments_BS: Array | None = None) -> tuple[Array, dict, dict | None]:
+        """Passes vectors through the stacks of a trunk: returns [B, L, D], records and caches."""
+        model, mesh = self.model, sharding.current_mesh()
         shards = 1 if mesh is None else sharding.size(mesh, axes.BATCH_AXES)
-        context = RoutingContext(tokens_BL.reshape(-1), mask_BL.reshape(-1), totals, whole=None, carry_TC=None, key=None,
-                                 sequences=tokens_BL.shape[0], shards=shards, train=train)
-        shared = (look(model, positions_BL, segments_BL, cached_segments_BS, at), at, context)
+        context = RoutingContext(tokens_BL.reshape(-1), segments_BL.reshape(-1) > 0, totals[trunk.prefix], whole=None,
+                                 carry_TC=None, key=None, sequences=tokens_BL.shape[0], shards=shards, train=train)
+        sight = look(model, trunk, positions_BL, segments_BL, cached_segments_BS, at, prefix_BL, source)
+        if model.architecture.positions == "relative":
+            keys = segments_BL if cached_segments_BS is None else cached_segments_BS
+            bias = RelativeBias(model, trunk.causal, name=f"{trunk.prefix}relative_bias")
+            sight = sight.replace(bias_BQLS=bias(distances(segments_BL.shape[1], keys.shape[1], at)))
+        shared = (sight, at, context)
 
         carried = routing.get_router(self.moe.router).carry(self.moe) if self.moe.every else 0
-        stream = embedding(tokens_BL, positions_BL), jnp.zeros((tokens_BL.size, carried)) if carried else None
+        stream = x_BLD, jnp.zeros((tokens_BL.size, carried)) if carried else None
         records, new_cache = {}, {}
-        for i, stack in enumerate(plan_stacks(model, self.moe)):
-            name = f"stack_{i}"
+        for name, stack in trunk_stacks(model, self.moe, trunk).items():
             per_layer = (router_state.get(name, {}), (wholes or {}).get(name, {}), (cache or {}).get(name, {}))
             if self.scan or self.is_initializing():
                 run = nn.scan(
@@ -112,8 +160,10 @@ class Transformer(nn.Module):
                 records[name] = stack_records
             if stack_cache:
                 new_cache[name] = stack_cache
-        x_BLD = embedding.before_head(make_norm(model.architecture.norm, model.norm_eps, "final_norm")(stream[0]))
-        return ModelOutput(x_BLD, embedding.logits(x_BLD), records, new_cache or None)
+        x_BLD = stream[0]
+        if model.architecture.final_norm:
+            x_BLD = make_norm(model.architecture.norm, model.norm_eps, f"{trunk.prefix}final_norm")(x_BLD)
+        return x_BLD, records, new_cache or None
 
     def one_by_one(self, name: str, stack: Stack, stream: tuple[Array, Array | None], per_layer: tuple[Any, Any, Any],
                    *shared: Any) -> tuple[tuple[Array, Array | None], tuple[Any, tuple[Any, ...]]]:
@@ -129,6 +179,15 @@ class Transformer(nn.Module):
         return stream, (jax.tree.map(lambda *layers: jnp.stack(layers), *records), tuple(caches))
 
 
+def apply_batch(model: Transformer, params: Any, router_state: Any, batch: Mapping[str, Array], **options: Any
+                ) -> ModelOutput:
+    """Calls the model on a batch: tokens, positions, segments, and of prefix, types and source_* what it has."""
+    source = Source(*(batch[f"source_{name}"] for name in ("tokens", "positions", "segments"))
+                    ) if "source_tokens" in batch else None
+    return model.apply({"params": params}, batch["tokens"], batch["positions"], batch["segments"], router_state,
+                       types_BL=batch.get("types"), prefix_BL=batch.get("prefix"), source=source, **options)
+
+
 def resolve(config: Config) -> Config:
     """A config with nothing left open.
 
@@ -140,10 +199,10 @@ def resolve(config: Config) -> Config:
     plan_stacks(config.model, moe)  # which raises on blocks that there are not
     if moe.every:
         reason = routing.leak(moe)
-        check(reason is None or moe.allow_noncausal_routing,
+        check(reason is None or moe.allow_noncausal_routing or not trunks(config.model)[-1].causal,
               f"{reason}, so a decoder's loss would be too good to be true; set config.moe.allow_noncausal_routing=True if "
               "you know what you do")
-        whole_batch = moe.routing_group == "global" and (moe.capacity_factor is not None
+        whole_batch = moe.routing_group == "global" and (moe.capacity_factor is not None or moe.capacity_places is not None
                                                          or routing.get_router(moe.router).by_group)
         check(config.train.microbatches == 1 or not whole_batch,
               "config.moe.routing_group=global decides over the whole batch and cannot be split into "
@@ -158,6 +217,16 @@ def resolve_model(model: ModelConfig) -> ModelConfig:
         return model
     design = build_group(Architecture, given or {}, "config.model.architecture")
     where, latent = "config.model.architecture", design.latent
+    check(model.kind == "encoder_decoder" or model.encoder_layers is None,
+          f"config.model.encoder_layers={model.encoder_layers} needs config.model.kind=encoder_decoder")
+    check(model.kind != "encoder_decoder" or not latent.rank, f"{where}.latent is not implemented for an encoder_decoder")
+    check(model.kind == "decoder" or "chunked" not in design.attention,
+          f"{where}.attention=chunked is for decoders only; use sliding")
+    check(not design.head_layer or design.activation in PLAIN_ONES,
+          f"{where}.head_layer needs an activation without a gate, not {design.activation}: {', '.join(PLAIN_ONES)}")
+    check(not design.pooler or model.head != "tokens", f"{where}.pooler needs config.model.head=classes or none")
+    check(design.start_token < model.vocab_size, f"{where}.start_token={design.start_token} is not in the vocabulary of "
+          f"config.model.vocab_size={model.vocab_size}")
     check(len(design.attention) > 0, f"{where}.attention must name at least one kind")
     check(design.window > 0 or not {"sliding", "chunked"} & set(design.attention),
           f"{where}.attention is {' and '.join(design.attention)}; set {where}.window to how many tokens they see")
@@ -198,8 +267,8 @@ def split_layers(model: Transformer, params: Mapping[str, Any]) -> dict[str, Any
 
     A loop around such a model reads the matrices where they lie, while it would cut a stack apart in every turn.
     """
-    repeats = {f"stack_{i}": stack.repeats for i, stack in enumerate(plan_stacks(model.model, model.moe))}
-    return {name: by_layer(tree, repeats[name]) if name in repeats else tree for name, tree in params.items()}
+    stacks = plan_stacks(model.model, model.moe)
+    return {name: by_layer(tree, stacks[name].repeats) if name in stacks else tree for name, tree in params.items()}
 
 
 def abstract_params(model: Transformer) -> tuple[Any, Any]:
@@ -219,7 +288,8 @@ def boxed_params(model: Transformer, key: Array) -> Any:
     mesh = sharding.current_mesh()
     shape = (1, 1) if mesh is None else (sharding.size(mesh, axes.BATCH_AXES), sharding.size(mesh, (axes.CONTEXT,)))
     tokens = jnp.zeros(shape, jnp.int32)
-    return model.init(key, tokens, tokens, tokens, initial_router_state(model.model, model.moe))["params"]
+    source = Source(tokens, tokens, tokens) if model.model.kind == "encoder_decoder" else None
+    return model.init(key, tokens, tokens, tokens, initial_router_state(model.model, model.moe), source=source)["params"]
 
 
 def head(model: Transformer, params: Mapping[str, Any]) -> Array:
@@ -227,9 +297,12 @@ def head(model: Transformer, params: Mapping[str, Any]) -> Array:
     return Embedding(model.model, model.dtype).apply({"params": params["embedding"]}, method=Embedding.head)
 
 
-def count_totals(mask_BL: Array) -> Totals:
-    """Real tokens, and sequences with any, of a batch."""
-    return Totals(jnp.sum(mask_BL, dtype=jnp.float32), jnp.sum(jnp.any(mask_BL, axis=1), dtype=jnp.float32))
+def count_totals(segments_BL: Array, source_segments_BS: Array | None = None) -> dict[str, Totals]:
+    """Real tokens, and sequences with any, of a batch, by the prefix of the trunk that reads them."""
+    def count(mask_BL: Array) -> Totals:
+        return Totals(jnp.sum(mask_BL, dtype=jnp.float32), jnp.sum(jnp.any(mask_BL, axis=1), dtype=jnp.float32))
+    own = {"": count(segments_BL > 0)}
+    return own if source_segments_BS is None else own | {ENCODER: count(source_segments_BS > 0)}
 
 
 def initial_router_state(model: ModelConfig, moe: MoEConfig) -> dict[str, dict[str, dict[str, Array]]]:
@@ -237,8 +310,8 @@ def initial_router_state(model: ModelConfig, moe: MoEConfig) -> dict[str, dict[s
     def stacked(repeats: int) -> dict[str, Array]:
         return {name: jnp.broadcast_to(value, (repeats, *value.shape))
                 for name, value in routing.get_router(moe.router).initial_state(moe, model.vocab_size).items()}
-    stacks = {f"stack_{i}": {f"block_{j}": stacked(stack.repeats) for j, sparse in enumerate(stack.sparse) if sparse}
-              for i, stack in enumerate(plan_stacks(model, moe))}
+    stacks = {name: {f"block_{j}": stacked(stack.repeats) for j, sparse in enumerate(stack.sparse) if sparse}
+              for name, stack in plan_stacks(model, moe).items()}
     return {name: blocks for name, blocks in stacks.items() if blocks}
 
 
@@ -261,15 +334,15 @@ def statistics_of(records: Mapping[str, Any]) -> dict[str, dict[str, dict[str, A
 
 
 def empty_cache(model: ModelConfig, moe: MoEConfig, batch: int, slots: int, dtype: Any) -> dict[str, dict[str, Cache]]:
-    """A key-value cache for `slots` tokens a row."""
+    """A key-value cache of the last trunk for `slots` tokens a row. The keys of an encoder come to it when that has run."""
     def stacked(repeats: int, sparse: bool) -> Cache:
         latent = model.architecture.latent
         k_GH, v_GH = ((1, latent.rank + latent.rotary_dim), (1, 0)) if latent.rank else (
             ((model.kv_heads, model.head_dim),) * 2)
         keys, values = (jnp.zeros((repeats, batch, slots, *shape), dtype) for shape in (k_GH, v_GH))
         return Cache(keys, values, jnp.zeros((repeats, batch, slots), bool) if sparse and passes_blocks(moe) else None)
-    return {f"stack_{i}": {f"block_{j}": stacked(stack.repeats, sparse) for j, sparse in enumerate(stack.sparse)}
-            for i, stack in enumerate(plan_stacks(model, moe))}
+    return {name: {f"block_{j}": stacked(stack.repeats, sparse) for j, sparse in enumerate(stack.sparse)}
+            for name, stack in trunk_stacks(model, moe, trunks(model)[-1]).items()}
 
 
 def in_order(records: Mapping[str, Mapping[str, LayerRecord]]) -> list[LayerRecord]:

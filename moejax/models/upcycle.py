@@ -73,8 +73,8 @@ def upcycle(model: transformer.Transformer, variables: Mapping[str, Any], moe: M
     check(router.route is TOPK.route and moe.options.gate == "output",
           f"config.moe.router={moe.router} has a rule of its own, by which the weights of a token's experts need not sum "
           "to 1; take topk or one of its named forms")
-    check(moe.capacity_factor is None and moe.eval_capacity_factor is None, "a capacity drops tokens, which changes the "
-          "outputs: set config.moe.capacity_factor=None and eval_capacity_factor=None")
+    check(moe.capacity_factor is moe.eval_capacity_factor is moe.capacity_places is None, "a capacity drops tokens, which "
+          "changes the outputs: set config.moe.capacity_factor=None, eval_capacity_factor=None and capacity_places=None")
     check(moe.renormalize and moe.route_scale == 1 and moe.shared_gate == "none" and moe.latent_divisor == 1,
           "the weights of a token's experts must sum to 1, or the outputs change: set config.moe.renormalize=True, "
           "route_scale=1, shared_gate=none, latent_divisor=1")
@@ -105,9 +105,9 @@ def initial_routers(model: transformer.Transformer, key: Array) -> dict[str, dic
 
     def drawn(key: Array) -> dict[str, dict[str, dict[str, Array]]]:
         params = transformer.initial_params(model, key)
-        return {f"stack_{i}": {f"block_{j}": {name: params[f"stack_{i}"][f"block_{j}"]["moe"][name] for name in names}
-                               for j, sparse in enumerate(stack.sparse) if sparse}
-                for i, stack in enumerate(plan_stacks(model.model, model.moe))}
+        return {stack_name: {f"block_{j}": {name: params[stack_name][f"block_{j}"]["moe"][name] for name in names}
+                             for j, sparse in enumerate(stack.sparse) if sparse}
+                for stack_name, stack in plan_stacks(model.model, model.moe).items()}
     return jax.jit(drawn)(key)
 
 

@@ -141,11 +141,15 @@ def sparse(config: MoEConfig, kept: Assignments, w_in_EDGF: Array, w_out_EFD: Ar
 def drop(config: MoEConfig, assignments: Assignments, context: RoutingContext) -> Assignments:
     """Applies the capacity of training or of evaluation, if there is one, to a token-choice list."""
     factor = config.capacity_factor if context.train else config.eval_capacity_factor
-    if factor is None or assignments.choices == 0:
+    if (factor is None and config.capacity_places is None) or assignments.choices == 0:
         return assignments
     groups = context.groups(config.routing_group)
-    return capacity.limit(assignments, context.mask_T, factor, config.drop_policy, groups, config.num_experts,
-                          get_router(config.router).passes(config, len(context.mask_T) // context.sequences))
+    if config.capacity_places is not None:
+        places_G = jnp.full(groups, config.capacity_places)
+    else:
+        per_token = get_router(config.router).passes(config, len(context.mask_T) // context.sequences)
+        places_G = capacity.places(context.mask_T, factor, groups, config.num_experts, per_token)
+    return capacity.limit(assignments, places_G, config.drop_policy, config.num_experts)
 
 
 def fit_to_mesh(assignments: Assignments, sequences: int) -> Assignments:

@@ -91,8 +91,8 @@ def make_functions(config: Config, model: transformer.Transformer) -> Functions:
     """The model, objective and router update of a config as the plain functions that a step takes."""
     def forward(params: Any, router_state: Any, batch: Mapping[str, Array], train: bool = False,
                 key: Array | None = None, totals: Any = None, wholes: Any = None) -> tuple[Array, Any]:
-        output = model.apply({"params": params}, batch["tokens"], batch["positions"], batch["segments"], router_state,
-                             train=train, totals=totals, wholes=wholes, rngs=None if key is None else {"dropout": key})
+        output = transformer.apply_batch(model, params, router_state, batch, train=train, totals=totals, wholes=wholes,
+                                         rngs=None if key is None else {"dropout": key})
         return output.x_BLD, output.records
 
     per_token = partial(next_token, label_smoothing=config.train.label_smoothing, head_z_weight=config.train.head_z_weight)
@@ -103,6 +103,7 @@ def make_functions(config: Config, model: transformer.Transformer) -> Functions:
     router = get_router(config.moe.router)
     sparse = config.moe.every > 0
     return Functions(
+        totals=lambda batch: transformer.count_totals(batch["segments"], batch.get("source_segments")),
         forward=forward,
         objective=objective,
         wholes=transformer.statistics_of if sparse and router.needs_whole(config.moe) else None,

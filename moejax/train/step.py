@@ -7,25 +7,27 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from moejax.moe.types import LayerRecord, Totals
+from moejax.moe.types import LayerRecord
 from moejax.train.optimizer import global_norm
 from moejax.train.state import TrainState
 
 Batch = Mapping[str, Array]
-"""tokens, targets, mask, segments, positions: arrays [B, L]; see `moejax.data.packing`."""
+"""Arrays of B rows: what the model reads, and targets and mask, which may be of other shapes; see `moejax.data`."""
 
 
 class Functions(NamedTuple):
     """What a step is made of.
 
     Attributes:
-      forward: (params, router_state, batch, train, key, totals, wholes) -> (x_BLD, records).
-      objective: (params, x_BLD, targets_BL, mask_BL) -> (sum to minimise, sums to report).
+      totals: batch -> the `totals` argument of `forward`.
+      forward: (params, router_state, batch, train, key, totals, wholes) -> (x, records), x being what the objective takes.
+      objective: (params, x, targets, mask) -> (sum to minimise, sums to report).
       wholes: records -> the `wholes` argument of `forward`; None if no loss needs the statistics of the whole batch.
       update_router: (router_state, records) -> router_state.
       loss_weights: weight of each router loss, which is averaged over the sparse layers.
     """
 
+    totals: Callable[[Batch], Any]
     forward: Callable[..., tuple[Array, Any]]
     objective: Callable[[Any, Array, Array, Array], tuple[Array, dict[str, Array]]]
     wholes: Callable[[Any], Any] | None
@@ -58,13 +60,12 @@ def gradients(functions: Functions, state: TrainState, batch: Batch, parts: int)
       Gradients, means over the batch to report, and the layer records of the whole batch.
     """
     key = jax.random.fold_in(state.key, state.step)
-    real_BL = batch["segments"] > 0
-    totals = Totals(jnp.sum(real_BL, dtype=jnp.float32), jnp.sum(jnp.any(real_BL, axis=1), dtype=jnp.float32))
+    totals = functions.totals(batch)
     targets = jnp.maximum(jnp.sum(batch["mask"], dtype=jnp.float32), 1.0)
 
     def loss(params: Any, part: Batch, part_key: Array, wholes: Any) -> tuple[Array, tuple[dict[str, Array], Any]]:
-        x_BLD, records = functions.forward(params, state.router_state, part, True, part_key, totals, wholes)
-        objective, sums = functions.objective(params, x_BLD, part["targets"], part["mask"])
+        x, records = functions.forward(params, state.router_state, part, True, part_key, totals, wholes)
+        objective, sums = functions.objective(params, x, part["targets"], part["mask"])
         means = {name: value / targets for name, value in sums.items()}
         return objective / targets + auxiliary_loss(records, functions.loss_weights), (means, records)
 

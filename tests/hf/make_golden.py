@@ -9,6 +9,9 @@ Each folder NAME holds config.json and model.safetensors as transformers saves t
     combine_N                         [tokens, experts] of the N-th sparse layer, right-padded: each expert's weight
     greedy                            eight tokens a prompt, each alone, with the key-value cache
     loss                              mean next-token loss of the right-padded batch
+    types, left_types                 encoders: token types; their loss is of all tokens, or of labels 0, 1, 2
+    decoder_ids, decoder_mask         with an encoder and a decoder: what the decoder reads, padded on the right
+    hidden, pooled                    of an encoder without a head
     versions                          of torch and transformers
 
 All parameters are random, norms, biases, sinks and selection biases too, in values that bfloat16 holds. NAME_square has
@@ -48,6 +51,11 @@ GROUPS = {"n_routed_experts": 6, "num_experts_per_tok": 2, "n_group": 3, "topk_g
 LATENT = {"num_key_value_heads": (4, 2), "q_lora_rank": (18, 16), "kv_lora_rank": (12, 16), "qk_nope_head_dim": (6, 8),
           "qk_rope_head_dim": (4, 8), "v_head_dim": (7, 16)}
 ALTERNATING = ["sliding_attention", "full_attention"]
+BERT = dict(vocab_size=(44, 16), hidden_size=(24, 16), num_hidden_layers=2, num_attention_heads=(4, 2),
+            intermediate_size=(34, 16), max_position_embeddings=(40, 16), type_vocab_size=2, pad_token_id=0)
+T5 = dict(vocab_size=(44, 16), d_model=(24, 16), d_kv=(10, 8), d_ff=(34, 16), num_layers=3, num_decoder_layers=2,
+          num_heads=(4, 2), relative_attention_num_buckets=8, relative_attention_max_distance=10, pad_token_id=0,
+          eos_token_id=1, decoder_start_token_id=0)
 
 MODELS = {
     "gpt2": ("GPT2", dict(vocab_size=(44, 16), n_embd=(24, 16), n_head=(4, 2), n_layer=2, n_positions=(40, 24),
@@ -100,7 +108,19 @@ MODELS = {
                           attn_config={"kv_n_heads": 2, "clip_qkv": 2.0, "rope_theta": 500.0},
                           ffn_config={"ffn_hidden_size": (14, 16), "moe_num_experts": 6, "moe_top_k": 2,
                                       "ffn_act_fn": {"name": "silu"}})),
+    "bert": ("BertForMaskedLM", BERT),
+    "bert_classifier": ("BertForSequenceClassification", BERT | {"num_labels": 5}),
+    "bert_encoder": ("BertModel", BERT),
+    "t5": ("T5", T5 | {"feed_forward_proj": "relu"}),
+    "t5_v1_1": ("T5", T5 | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
+    "switch_transformers": ("SwitchTransformers", T5 | {
+        "d_ff": (14, 16), "num_layers": 4, "num_sparse_encoder_layers": 2, "num_sparse_decoder_layers": 1, "num_experts": 6,
+        "expert_capacity": 2, "router_jitter_noise": 0.1}),
 }
+WHOLE = ("GPT2", "Dbrx", "T5", "SwitchTransformers", "BertForMaskedLM", "BertForSequenceClassification", "BertModel")
+"""Kinds whose settings are all given above."""
+CLASSES = {"GPT2": "GPT2LMHeadModel", "Llama4Text": "Llama4ForCausalLM", "T5": "T5ForConditionalGeneration",
+           "SwitchTransformers": "SwitchTransformersForConditionalGeneration"}
 
 
 def form(value, square):
@@ -143,7 +163,9 @@ class Combine:
         """Keeps what one router returned."""
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         chosen = [o for o in outputs if not o.is_floating_point()]
-        if chosen:
+        if type(module).__name__ == "SwitchTransformersTop1Router":
+            self.found.append((outputs[0] * outputs[1]).flatten(0, 1).numpy())
+        elif chosen:
             experts = next(o for o in outputs if o.is_floating_point()).shape[-1]
             weights = [o for o in outputs if o.is_floating_point() and o.shape == chosen[0].shape][-1]
             dense = torch.zeros(chosen[0].shape[0], experts).scatter(1, chosen[0], weights.float())
@@ -154,15 +176,20 @@ class Combine:
 
 def make(name, kind, settings, square):
     """Writes one folder. Tries seeds until routing and greedy tokens are far from ties."""
-    base = {} if kind in ("GPT2", "Dbrx") else SQUARE if square else ODD
-    classes = {"GPT2": "GPT2LMHeadModel", "Llama4Text": "Llama4ForCausalLM"}
-    config = getattr(transformers, f"{kind}Config")(**base | form(settings, square))
+    base = {} if kind in WHOLE else SQUARE if square else ODD
+    settings = form(settings, square)
+    config = getattr(transformers, "BertConfig" if kind.startswith("Bert") else f"{kind}Config")(**base | settings)
+    untied = kind == "T5" and not settings.get("tie_word_embeddings", True)
     config._attn_implementation = config._experts_implementation = "eager"
     for seed in range(200):
         torch.manual_seed(0)
-        net = getattr(transformers, classes.get(kind, f"{kind}ForCausalLM"))(config).eval()
+        net = getattr(transformers, CLASSES.get(kind, kind if kind in WHOLE else f"{kind}ForCausalLM"))(config).eval()
+        if untied:  # this version of transformers ties all of T5, unless a checkpoint says otherwise
+            net.lm_head.weight = torch.nn.Parameter(torch.empty_like(net.shared.weight))
+            net.all_tied_weights_keys.pop("lm_head.weight")
         randomise(net, zlib.crc32(name.encode()) + seed)
-        arrays, margin = run(net, config.vocab_size, seed)
+        runner = run_encoder if kind.startswith("Bert") else run_both if kind in ("T5", "SwitchTransformers") else run
+        arrays, margin = runner(net, config.vocab_size, seed)
         reached = [(a != 0).any(axis=0).all() for key, a in arrays.items() if key.startswith("combine")]
         if margin > 0.01 and all(reached):
             break
@@ -171,24 +198,83 @@ def make(name, kind, settings, square):
     if square:
         net.bfloat16()
     net.save_pretrained(folder)
+    if untied:  # as the released files have it
+        written = json.loads((folder / "config.json").read_text())
+        del written["scale_decoder_outputs"]
+        (folder / "config.json").write_text(json.dumps(written | {"tie_word_embeddings": False}, indent=2) + "\n")
     (folder / "generation_config.json").unlink(missing_ok=True)
     np.savez_compressed(folder / "golden.npz", **arrays, versions=json.dumps(
         {"torch": torch.__version__, "transformers": transformers.__version__}))
     print(f"{name}: seed {seed}, margin {margin:.3f}, routers {len(reached)}, deviation of logits "
-          f"{arrays['logits'].std():.2f}", flush=True)
+          f"{arrays.get('logits', arrays.get('hidden')).std():.2f}", flush=True)
 
 
-def run(net, vocab, seed):
-    """What golden.npz holds, and the least lead of a chosen token or expert over the next."""
-    lengths, length = (9, 6, 4), 9
-    draws = np.random.default_rng(seed)
+def padded(vocab, seed, lengths=(9, 6, 4)):
+    """Random rows, and the arrays of them padded on the right and on the left."""
+    length, draws = max(lengths), np.random.default_rng(seed)
     rows = [draws.integers(3, vocab, n) for n in lengths]
     ids, left = np.zeros((3, length), np.int64), np.zeros((3, length), np.int64)
     mask, left_mask = np.zeros((3, length), np.int64), np.zeros((3, length), np.int64)
     for b, row in enumerate(rows):
         ids[b, :len(row)], mask[b, :len(row)] = row, 1
         left[b, length - len(row):], left_mask[b, length - len(row):] = row, 1
-    arrays = {"ids": ids, "mask": mask, "left_ids": left, "left_mask": left_mask}
+    return rows, {"ids": ids, "mask": mask, "left_ids": left, "left_mask": left_mask}
+
+
+def run_encoder(net, vocab, seed):
+    """As `run`, for an encoder."""
+    _, arrays = padded(vocab, seed)
+    types = np.random.default_rng(seed + 1).integers(0, 2, arrays["ids"].shape)
+    arrays |= {"types": types, "left_types": types[:, ::-1].copy()}
+    kind = type(net).__name__
+    with torch.no_grad():
+        for side in ("", "left_"):
+            real = arrays[f"{side}mask"]
+            labels = {"BertForMaskedLM": torch.tensor(np.where(real == 1, arrays[f"{side}ids"], -100)),
+                      "BertForSequenceClassification": torch.arange(3), "BertModel": None}[kind]
+            out = net(input_ids=torch.tensor(arrays[f"{side}ids"]), attention_mask=torch.tensor(real),
+                      token_type_ids=torch.tensor(arrays[f"{side}types"]),
+                      position_ids=torch.tensor(np.maximum(real.cumsum(1) - 1, 0)),
+                      **({} if labels is None else {"labels": labels}))
+            if labels is None:
+                arrays |= {f"{side}hidden": out.last_hidden_state.numpy(), f"{side}pooled": out.pooler_output.numpy()}
+            else:
+                arrays |= {f"{side}logits": out.logits.numpy(), f"{side}loss": out.loss.numpy()}
+    return arrays, 1.0
+
+
+def run_both(net, vocab, seed):
+    """As `run`, for an encoder with a decoder."""
+    rows, arrays = padded(vocab, seed)
+    _, target = padded(vocab, seed + 1, (7, 5, 3))
+    labels = torch.tensor(np.where(target["mask"] == 1, target["ids"], -100))
+    decoder_ids = np.concatenate([np.zeros((3, 1), np.int64), target["ids"][:, :-1]], axis=1)
+    arrays |= {"decoder_ids": decoder_ids, "decoder_mask": target["mask"]}
+    with torch.no_grad():
+        combine = Combine(net)
+        for side in ("", "left_"):
+            out = net(input_ids=torch.tensor(arrays[f"{side}ids"]), attention_mask=torch.tensor(arrays[f"{side}mask"]),
+                      decoder_input_ids=torch.tensor(decoder_ids), labels=labels, use_cache=False)
+            arrays |= {f"{side}logits": out.logits.numpy(), f"{side}loss": out.loss.numpy()}
+            if not side:
+                arrays |= {f"combine_{n}": a for n, a in enumerate(combine.found)}
+        greedy, margins = [], []
+        for row in rows:
+            made = net.generate(input_ids=torch.tensor(row[None]), attention_mask=torch.ones(1, len(row), dtype=torch.long),
+                                max_new_tokens=NEW, do_sample=False, eos_token_id=None, pad_token_id=0, output_logits=True,
+                                return_dict_in_generate=True)
+            greedy.append(made.sequences[0, -NEW:].numpy())
+            top = torch.stack(made.logits)[:, 0].topk(2).values
+            margins.append(float((top[:, 0] - top[:, 1]).min()))
+    arrays["greedy"] = np.stack(greedy)
+    return arrays, min(margins)
+
+
+def run(net, vocab, seed):
+    """What golden.npz holds, and the least lead of a chosen token or expert over the next."""
+    rows, arrays = padded(vocab, seed)
+    ids, mask, left, left_mask = (arrays[name] for name in ("ids", "mask", "left_ids", "left_mask"))
+    length = ids.shape[1]
     with torch.no_grad():
         combine = Combine(net)
         labels = torch.tensor(np.where(mask == 1, ids, -100))

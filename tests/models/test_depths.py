@@ -16,7 +16,7 @@ from moejax.models import transformer
 from moejax.models.blocks import Block
 from moejax.models.depths import DepthRouted
 from moejax.models.sight import look
-from moejax.models.stacks import Kind
+from moejax.models.stacks import Kind, trunks
 
 SHARE = 0.3
 
@@ -33,9 +33,9 @@ def one_block(config, train, x_BLD, batch, seed=0, share=SHARE):
     block = DepthRouted(model.moe, partial(Block, model.model, model.moe, Kind(False, "full"), jnp.float32))
     mask = jnp.asarray(batch["segments"] > 0)
     context = transformer.RoutingContext(
-        jnp.asarray(batch["tokens"]).reshape(-1), mask.reshape(-1), transformer.count_totals(mask), whole=None,
-        carry_TC=None, key=None, sequences=len(mask), shards=1, train=train)
-    sight = look(model.model, jnp.asarray(batch["positions"]), jnp.asarray(batch["segments"]), None, None)
+        jnp.asarray(batch["tokens"]).reshape(-1), mask.reshape(-1), transformer.count_totals(batch["segments"])[""],
+        whole=None, carry_TC=None, key=None, sequences=len(mask), shards=1, train=train)
+    sight = look(model.model, trunks(model.model)[0], jnp.asarray(batch["positions"]), jnp.asarray(batch["segments"]))
     shared = sight, None, context
     params = jax.tree.map(lambda a: jnp.asarray(np.random.default_rng(seed).normal(size=a.shape) * 0.3, jnp.float32),
                           jax.eval_shape(lambda: transformer.nn.meta.unbox(block.init(

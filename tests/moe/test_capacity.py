@@ -1,5 +1,7 @@
 """Laws of capacity: how much room there is, who gets it, and what becomes of the others."""
 
+from functools import partial
+
 import hypothesis
 import jax
 import jax.numpy as jnp
@@ -17,7 +19,14 @@ every_policy = pytest.mark.parametrize("policy", POLICIES)
 seeds = hypothesis.given(strategies.integers(0, 2**32 - 1))
 settings = hypothesis.settings(max_examples=15, deadline=None)
 
-limit = jax.jit(capacity.limit, static_argnums=(2, 3, 4, 5, 6))
+
+@partial(jax.jit, static_argnums=(2, 3, 4, 5, 6))
+def limit(assignments, mask_T, factor, policy, groups, experts, per_token):
+    """Keeps what a capacity factor leaves room for."""
+    places_G = capacity.places(mask_T, factor, groups, experts, per_token)
+    return capacity.limit(assignments, places_G, policy, experts)
+
+
 drop_some = jax.jit(drop, static_argnums=0)
 sparse_layer = jax.jit(mixture, static_argnums=0)
 

@@ -115,10 +115,10 @@ def leak(config: MoEConfig) -> str | None:
     if not router.causal:
         return f"config.moe.router={config.router} looks at later tokens"
     orders = ("choice_major",) if config.experts_per_token > 1 or router.variable else ()
-    drops = config.capacity_factor is not None or config.eval_capacity_factor is not None
+    drops = (config.capacity_factor, config.eval_capacity_factor, config.capacity_places) != (None, None, None)
     if drops and config.drop_policy in (*orders, "token_weight", "weight"):
         return (f"config.moe.drop_policy={config.drop_policy} with a capacity gives places in an expert to later tokens "
-                "before earlier ones (token_major would not, nor capacity_factor=None with eval_capacity_factor=None)")
+                "before earlier ones (token_major would not, nor no capacity at all)")
     return None
 
 
