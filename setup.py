@@ -32,6 +32,8 @@ setup(
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12",
         "safetensors",
+        "scikit-learn",
+        "scipy",
         "sentencepiece>=0.2",
         "tensorboardX",
         "tensorflow-datasets>=4.9.10",

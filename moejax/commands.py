@@ -22,6 +22,7 @@ from moejax.evaluation.load import load, load_sharded
 from moejax.generation.generate import generate as generate_tokens
 from moejax.metrics.record import Recorder
 from moejax.models import transformer
+from moejax.task import PAIRS, Task, resolve
 from moejax.train import benchmark as timing
 from moejax.train import loop
 from moejax.train.setup import set_up
@@ -81,9 +82,10 @@ def generate(config: Config | None, workdir: Path, step: int | None, prompts: Se
             setup = set_up(config)
             model, mesh = setup.model, setup.mesh
             variables = load_sharded(workdir, model, mesh, step).items["model"]
-        texts = continuations(model, variables, mesh, tokenizer, prompts, **options)
+        task = config.data.task
+        texts = continuations(model, variables, mesh, tokenizer, task, prompts, **options)
     for prompt, text in zip(prompts, texts):
-        say(prompt + text)
+        say(text if task.data == PAIRS else prompt + text)
 
 
 def shardings(config: Config) -> None:
@@ -137,29 +139,34 @@ def sample(config: Config, finished: loop.Finished) -> str:
     if jax.process_count() == 1:  # one device is quicker than many, and serves after every mesh
         variables, mesh = jax.device_put(variables, jax.local_devices()[0]), None
     try:
-        text, = continuations(finished.model, variables, mesh, finished.prepared.tokenizer, [prompt],
+        text, = continuations(finished.model, variables, mesh, finished.prepared.tokenizer,
+                              resolve(config.data.task, config.model), [prompt],
                               max_new_tokens=config.train.sample_tokens, temperature=0.8, seed=config.seed)
     except UserError as error:  # the run itself is done and well
         return f"no sample: {error}"
     return f"sample: {prompt}|{text}"
 
 
-def continuations(model: Any, variables: Any, mesh: Mesh | None, tokenizer: Any, prompts: Sequence[str],
+def continuations(model: Any, variables: Any, mesh: Mesh | None, tokenizer: Any, task: Task, prompts: Sequence[str],
                   **options: Any) -> list[str]:
-    """Texts that follow the prompts; each ends where the model ends the document, or at max_new_tokens.
+    """What the model writes after each prompt, or of it; ends where the model ends it, or at max_new_tokens.
 
-    The mesh is that on which the variables lie; None if they are on one device.
+    The mesh is that on which the variables lie; None if they are on one device. The task is what the model was trained for.
     """
-    separator = tokenizer.separator_id
-    encoded = [[separator, *tokenizer.encode(prompt)] for prompt in prompts]
+    separator, both, pairs = tokenizer.separator_id, model.model.kind == "encoder_decoder", task.data == PAIRS
+    encoded = tokenizer.frame_batch(prompts) if pairs else [[separator, *tokenizer.encode(prompt)] for prompt in prompts]
     with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
-        generated = generate_tokens(model, variables, encoded, stop_tokens=(separator,), **options)
-    whole = [tokenizer.decode(ids + row[:n].tolist()) for ids, row, n in
-             zip(encoded, generated.tokens, generated.lengths)]
-    return [text[len(tokenizer.decode(ids)):] for text, ids in zip(whole, encoded)]
+        generated = generate_tokens(model, variables, encoded, stop_tokens=(separator,),
+                                    prefix=not both and task.objective != "next_token", **options)
+    new = [row[:n].tolist() for row, n in zip(generated.tokens, generated.lengths)]
+    if both or pairs:
+        return [tokenizer.decode(row) for row in new]
+    return [tokenizer.decode(ids + row)[len(tokenizer.decode(ids)):] for ids, row in zip(encoded, new)]
 
 
 def comparison(record: dict[str, Any], prepared: Prepared) -> str:
-    """The held-out bits per byte beside what simpler methods need on the same bytes."""
+    """The held-out bits per byte beside what simpler methods need on the same bytes; or the loss of other objectives."""
+    if "bits_per_byte" not in record:
+        return f"held-out loss: {record['loss']:.4f}"
     return (f"held-out bits per byte: {record['bits_per_byte']:.4f}  (xz -9e {xz_bits_per_byte(prepared):.4f}, "
             f"unigram tokens {unigram_bits_per_byte(prepared):.4f})")

@@ -137,9 +137,14 @@ class DataConfig:
     eval_fraction: float = key(0.05, "share of documents that is held out, chosen by a hash of their text",
                                low=0, high=0.9)
     text_key: str = key("text", "field that holds the text in jsonl and TFDS records")
+    task: Any = key(None, "what is learned from the data: the objective and its options by name; python -m moejax.task "
+                    "lists them")
+    on_bad_record: str = key("error", "what becomes of a record without a field, with an empty text or an unknown label: "
+                             "the run ends, or goes on without it and says how many there were", choices=("error", "skip"))
     tokenizer: str = key("sentencepiece", "bytes, sentencepiece (trained on the training split), a SentencePiece .model "
                          "file, or a Hugging Face tokenizer.json")
-    length: int = key(256, "tokens in a training sequence (L)", low=2)
+    length: int = key(256, "tokens in a training sequence (L); of a decoder if there is an encoder too", low=2)
+    source_length: int | None = key(None, "tokens that the encoder before a decoder reads; None takes length", low=2)
     batch_size: int = key(16, "sequences in a global batch (B)", low=1)
     eval_batch_size: int | None = key(None, "the same in evaluation; None takes batch_size", low=1, free=True)
     boundaries: bool = key(True, "packed documents do not see each other, and positions restart with each")
@@ -170,7 +175,8 @@ class TrainConfig:
     """The loop, its precision and its loss."""
 
     steps: int = key(1000, "optimizer steps in all", low=1, free=True)
-    init_from: str | None = key(None, "workdir whose newest checkpoint gives the parameters to start from; None draws them")
+    init_from: str | None = key(None, "workdir whose newest checkpoint gives the parameters to start from, all but a head "
+                                "that it has not; None draws them")
     log_every: int = key(10, "steps between records", low=1, free=True)
     eval_every: int = key(200, "steps between evaluations; the last step always evaluates", low=1, free=True)
     eval_batches: int | None = key(None, "batches of an evaluation; None takes the whole held-out split", low=1,
@@ -221,6 +227,8 @@ class Config:
         check(model.head_dim % 2 == 0, f"config.model.head_dim={model.head_dim} is odd; the rotary embedding needs pairs")
         check(data.length <= model.max_length,
               f"config.data.length={data.length} is more than config.model.max_length={model.max_length}")
+        check(data.source_length is None or data.source_length <= model.max_length, f"config.data.source_length="
+              f"{data.source_length} is more than config.model.max_length={model.max_length}")
         check(data.batch_size % train.microbatches == 0,
               f"config.train.microbatches={train.microbatches} does not divide config.data.batch_size={data.batch_size}")
         check(not (moe.every and train.microbatches > 1 and moe.balance_scope == "shard"),

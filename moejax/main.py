@@ -20,7 +20,7 @@ from moejax.config import Config, UserError, check, nearest
 
 MODES = ("train", "eval", "generate", "benchmark", "shardings")
 CONFIG_PREFIX = "config."
-OPTIONS_PREFIXES = ("config.moe.options.", "config.model.architecture.")
+OPTIONS_PREFIXES = ("config.moe.options.", "config.model.architecture.", "config.data.task.")
 INTERRUPTED = 130
 """The exit status after Ctrl-C, as shells have it."""
 
@@ -91,7 +91,7 @@ def define_flags(options: Sequence[str] = ()) -> flags.FlagValues:
         if field.type is bool and field.default == config_lib.AUTO:
             values[CONFIG_PREFIX + name].parser = BooleanOrAuto()
     for name in options:
-        flags.DEFINE_string(name, None, "an option of the router or of the architecture", flag_values=values)
+        flags.DEFINE_string(name, None, "an option of the router, the architecture or the task", flag_values=values)
     return values
 
 

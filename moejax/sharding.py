@@ -194,25 +194,28 @@ def batch_rows(mesh: Mesh, count: int) -> np.ndarray:
 
 
 def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, Array]:
-    """The rows of this process (`batch_rows`), whole, as global arrays [B, L] on the mesh.
+    """The rows of this process (`batch_rows`), whole, as global arrays [B, L], or [B] or [B, C], on the mesh.
+
+    Arrays of whole numbers and truth values with two dimensions have a length, which the context axis splits.
 
     A mesh may give a row to several processes, or each of them a part of its length, so the rows of a process need not
     be B over the number of processes, nor lie together.
     """
-    where = NamedSharding(mesh, spec(("batch", "length")))
     parts = size(mesh, RULES["batch"])
     own = batch_rows(mesh, parts)
 
-    def put(rows_bL: np.ndarray) -> Array:
-        height = len(rows_bL) // len(own)
+    def put(rows_bX: np.ndarray) -> Array:
+        height = len(rows_bX) // len(own)
+        long = rows_bX.ndim == 2 and rows_bX.dtype.kind != "f"
 
-        def piece(index: tuple[slice, slice]) -> np.ndarray:
+        def piece(index: tuple[slice, ...]) -> np.ndarray:
             first = np.searchsorted(own, (index[0].start or 0) // height) * height
-            return rows_bL[first:first + height, index[1]]
+            return rows_bX[first:first + height, *index[1:]]
 
-        return jax.make_array_from_callback((height * parts, rows_bL.shape[1]), where, piece)
+        return jax.make_array_from_callback((height * parts, *rows_bX.shape[1:]), NamedSharding(
+            mesh, spec(("batch", "length") if long else ("batch",))), piece)
 
-    return {name: put(rows_bL) for name, rows_bL in batch.items()}
+    return {name: put(rows_bX) for name, rows_bX in batch.items()}
 
 
 def bytes_of(tree: Any) -> int:

@@ -11,6 +11,7 @@ from moejax import config as config_lib
 from moejax.architecture import Architecture
 from moejax.config import Config, UserError, build, default
 from moejax.models import transformer
+from moejax.task import Task
 
 
 def test_fewer_than_a_hundred_keys_and_each_says_what_it_is():
@@ -80,3 +81,5 @@ def test_the_page_of_keys_is_up_to_date():
     assert config_lib.table() in page.read_text(), "run: python -m moejax.config, and paste the table into docs/config.md"
     options = config_lib.table(Architecture, "config.model.architecture.")
     assert options in page.read_text(), "run: python -m moejax.architecture, and paste the table into docs/config.md"
+    assert config_lib.table(Task, "config.data.task.") in page.read_text(), (
+        "run: python -m moejax.task, and paste the table into docs/config.md")

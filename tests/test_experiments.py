@@ -4,10 +4,12 @@ import importlib.util
 import pathlib
 
 import jax
+import numpy as np
 import pytest
 
 from moejax import config as config_lib
 from moejax.models import count
+from moejax.train.benchmark import random_batch
 from moejax.train.setup import describe, set_up
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -29,9 +31,7 @@ def test_builds(path):
     config = config_lib.build(module.get_config())
     setup = set_up(config)
     with jax.set_mesh(setup.mesh):
-        tokens = (config.data.batch_size, config.data.length)
-        batch = {name: jax.ShapeDtypeStruct(tokens, bool if name == "mask" else "int32")
-                 for name in ("tokens", "targets", "mask", "segments", "positions")}
+        batch = jax.eval_shape(lambda: random_batch(setup, np.random.default_rng(0)))
         state, means, _ = jax.eval_shape(setup.train_step, setup.shapes, batch)
     assert jax.tree.map(lambda a: a.shape, state) == jax.tree.map(lambda a: a.shape, setup.shapes)
     assert means["loss"].shape == ()

@@ -20,6 +20,7 @@ from moejax import processes
 from moejax.checkpoint import read_config
 from moejax.data.loader import train_loader
 from moejax.data.prepare import load_prepared
+from moejax.data.rows import make_rows
 from moejax.main import main
 from moejax.metrics.record import read
 
@@ -168,7 +169,8 @@ def fed(out: str) -> list[str]:
 def batches(workdir: Path, first: int, last: int) -> list[str]:
     """Hashes of the batches that one process would feed in these steps."""
     prepared = load_prepared(workdir / "data")
-    loader = train_loader(prepared.train, prepared.tokenizer.separator_id, read_config(workdir))
+    config = read_config(workdir)
+    loader = train_loader(make_rows(prepared.train, prepared.tokenizer, config), config)
     taken = [next(loader) for _ in range(last)][first:]
     return [hashlib.md5(b"".join(batch[name].tobytes() for name in sorted(batch))).hexdigest() for batch in taken]
 

@@ -17,6 +17,7 @@ from jax.sharding import SingleDeviceSharding
 from moejax.checkpoint import Store, place, read_config
 from moejax.data.loader import train_loader
 from moejax.data.prepare import load_prepared
+from moejax.data.rows import make_rows
 from moejax.metrics.record import read
 from moejax.train.loop import items
 from moejax.train.setup import set_up
@@ -88,7 +89,8 @@ def checkpoint(workdir: Path, step: int):
 
 def batches(workdir: Path, position: dict | None, count: int) -> list[dict[str, np.ndarray]]:
     prepared = load_prepared(workdir / "data")
-    loader = train_loader(prepared.train, prepared.tokenizer.separator_id, read_config(workdir))
+    config = read_config(workdir)
+    loader = train_loader(make_rows(prepared.train, prepared.tokenizer, config), config)
     if position is not None:
         loader.set_state(position)
     return [next(loader) for _ in range(count)]

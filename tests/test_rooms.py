@@ -6,10 +6,11 @@ import pathlib
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
-LEAVES = {"axes", "architecture", "config", "moe.types"}
+LEAVES = {"axes", "architecture", "config", "moe.types", "task"}
 MAY_IMPORT = {
     "axes": set(),
     "architecture": set(),
+    "task": set(),
     "allocator": set(),
     "compiler_options": set(),
     "processes": set(),
@@ -29,8 +30,11 @@ MAY_IMPORT = {
                   "moe.experts", "moe.slots", "moe.merged"},
     "models": {"sharding", "layers", "moe.layer", "moe.routing"},
     "objectives": {"sharding"},
+    "objectives.masked_lm": set(),
+    "objectives.prefix_lm": set(),
+    "objectives.span_corruption": set(),
     "metrics": set(),
-    "data": set(),
+    "data": {"objectives.masked_lm", "objectives.prefix_lm", "objectives.span_corruption"},
     "checkpoint": {"sharding"},
     "evaluation": {"models", "checkpoint", "sharding", "metrics"},
     "generation": {"models", "checkpoint", "layers", "moe.routing"},

@@ -30,6 +30,7 @@ from moejax import config as config_lib
 from moejax.config import Config, UserError
 from moejax.data.loader import eval_batches, train_loader
 from moejax.data.prepare import Prepared, load_prepared, prepare
+from moejax.data.rows import make_rows
 from moejax.evaluation.causality import leak
 from moejax.main import load_config_file
 from moejax.models import transformer
@@ -98,9 +99,10 @@ def flips(before: Sequence[Array], after: Sequence[Array], real_T: Array) -> flo
 
 def train(setup: Setup, prepared: Prepared) -> dict[str, float]:
     """One run: a row of the table."""
-    config, separator = setup.config, prepared.tokenizer.separator_id
-    loader = train_loader(prepared.train, separator, config)
-    held_out = setup.put(next(eval_batches(prepared.eval, separator, config)))
+    config = setup.config
+    train_rows, eval_rows = (make_rows(split, prepared.tokenizer, config) for split in (prepared.train, prepared.eval))
+    loader = train_loader(train_rows, config)
+    held_out = setup.put(next(eval_batches(eval_rows, config)))
     real_T = held_out["segments"].reshape(-1) > 0
     experts = jax.jit(partial(decide, setup.model))
     state, seconds, before = setup.initialise(), [], []

@@ -1,7 +1,7 @@
-"""Batches of packed windows, on Grain.
+"""Batches of rows, on Grain.
 
-The order of the windows is a function of config.seed and the batch number alone. Every process computes the window
-numbers of the whole global batch and packs only the rows that its devices hold, so neither the batches nor the saved
+The order of the rows is a function of config.seed and the batch number alone. Every process computes the numbers of the
+rows of the whole global batch and makes only the rows that its devices hold, so neither the batches nor the saved
 position (the number of batches taken) depend on how many processes there are.
 """
 
@@ -10,53 +10,46 @@ from collections.abc import Iterator
 import grain
 import numpy as np
 
-from moejax.config import Config, check
-from moejax.data.packing import num_windows, pack
-from moejax.data.prepare import TokenStream
+from moejax.config import Config
+from moejax.data.rows import Rows
 
 
-def train_loader(stream: TokenStream, separator_id: int, config: Config, rows: np.ndarray | slice = slice(None),
-                 ) -> grain.DatasetIterator:
-    """Endless batches of the training stream; each window comes once an epoch, and batches may straddle epochs.
+def train_loader(rows: Rows, config: Config, own: np.ndarray | slice = slice(None)) -> grain.DatasetIterator:
+    """Endless batches of the training rows; each row comes once an epoch, and batches may straddle epochs.
 
-    With config.data.shuffle the windows have a new order in each epoch, else always that of the stream.
+    With config.data.shuffle the rows have a new order in each epoch, else always that of the data. What an objective draws
+    for a row is a function of the seed, the batch and the place in it.
 
     Args:
-      stream: the training split.
-      separator_id: the tokenizer's.
-      config: data.length (L), data.batch_size (B), data.boundaries, data.shuffle and seed.
-      rows: which of the B rows of each global batch to pack, b of them.
+      rows: of the training split.
+      config: data.batch_size (B), data.shuffle and seed.
+      own: which of the B rows of each global batch to make, b of them.
 
     Returns:
-      An iterator of dicts with the arrays of `packing.pack`, each [b, L]. Its `get_state` and `set_state` save and
-      restore the position, whatever the rows.
-
-    Raises:
-      UserError: the stream holds nothing to predict.
+      An iterator of dicts with the arrays of the rows, each [b, ...]. Its `get_state` and `set_state` save and restore the
+      position, whatever `own` is.
     """
     data = config.data
-    windows = grain.MapDataset.range(_windows(stream, data.length))
+    numbers = grain.MapDataset.range(rows.count)
     if data.shuffle:
-        windows = windows.seed(config.seed).shuffle()  # `repeat` draws a new order for each epoch
-    batches = windows.repeat().batch(data.batch_size).map(
-        lambda indices_B: _batch(stream.tokens, separator_id, config, indices_B[rows]))
-    # Packing takes well under a millisecond, so a thread would cost more than it hides.
+        numbers = numbers.seed(config.seed).shuffle()  # `repeat` draws a new order for each epoch
+    batches = numbers.repeat().batch(data.batch_size).map_with_index(
+        lambda batch, indices_B: _batch(rows, indices_B, own, (config.seed, TRAINING, batch)))
+    # Making rows takes well under a millisecond, so a thread would cost more than it hides.
     return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
 
 
-def eval_batches(stream: TokenStream, separator_id: int, config: Config, rows: np.ndarray | slice = slice(None),
-                 ) -> Iterator[dict[str, np.ndarray]]:
-    """The whole stream once, in order, or its first config.train.eval_batches batches.
+def eval_batches(rows: Rows, config: Config, own: np.ndarray | slice = slice(None)) -> Iterator[dict[str, np.ndarray]]:
+    """All rows once, in order, or the first config.train.eval_batches batches of them; always with the same draws.
 
     Batches have `eval_size` rows; the last one is filled up with rows of zeros (mask False, segments 0), so all have one
-    shape and every process gets as many. Arguments and errors are those of `train_loader`; each call starts anew.
+    shape and every process gets as many. Arguments are those of `train_loader`; each call starts anew.
     """
-    data = config.data
     size = eval_size(config)
-    batches = -(-_windows(stream, data.length) // size)
+    batches = -(-rows.count // size)
     if config.train.eval_batches is not None:
         batches = min(batches, config.train.eval_batches)
-    return (_batch(stream.tokens, separator_id, config, np.arange(number * size, (number + 1) * size)[rows])
+    return (_batch(rows, np.arange(number * size, (number + 1) * size), own, (config.seed, EVALUATION, number))
             for number in range(batches))
 
 
@@ -65,13 +58,11 @@ def eval_size(config: Config) -> int:
     return config.data.eval_batch_size or config.data.batch_size
 
 
-def _batch(tokens_N: np.ndarray, separator_id: int, config: Config, indices_b: np.ndarray) -> dict[str, np.ndarray]:
-    packed = [pack(tokens_N, separator_id, config.data.length, config.data.boundaries, index)
-              for index in indices_b.tolist()]
-    return {key: np.stack([row[key] for row in packed]) for key in packed[0]}
+TRAINING, EVALUATION = 0, 1
+"""Parts of the seed of a row's draws."""
 
 
-def _windows(stream: TokenStream, length: int) -> int:
-    count = num_windows(len(stream.tokens), length)
-    check(count > 0, "a data split has fewer than two tokens; take more text in config.data.source")
-    return count
+def _batch(rows: Rows, indices_B: np.ndarray, own: np.ndarray | slice, seed: tuple[int, ...]) -> dict[str, np.ndarray]:
+    made = [rows.make(index, np.random.default_rng((*seed, place)))
+            for place, index in zip(np.arange(len(indices_B))[own].tolist(), indices_B[own].tolist())]
+    return {key: np.stack([row[key] for row in made]) for key in made[0]}

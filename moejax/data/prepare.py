@@ -4,6 +4,8 @@ A prepared folder holds
 
     train.npy, eval.npy                 uint16 or uint32 [N]: every document as [separator] + tokens, one after another
     train_starts.npy, eval_starts.npy   int64 [documents]: where each document's separator lies
+    train_target.npy ...                pairs: the same four files of the targets, each with its end
+    train_labels.npy, eval_labels.npy   labels: int32 or float32 [documents], or float32 0 and 1 [documents, labels]
     eval.utf8                           the held-out text, joined
     tokenizer files                     see `tokenizers.load_tokenizer`
     summary.json                        counts, `fingerprint` and `content`; written last, so no other file is trusted
@@ -14,6 +16,8 @@ and of the sources and a tokenizer file only names, sizes and times of change, s
 `content` is a hash of all documents, in order, with their split and the tokenizer: equal on machines with equal data.
 """
 
+import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -27,11 +31,13 @@ import numpy as np
 
 from moejax.config import Config, check
 from moejax.data import sources
+from moejax.data.examples import Example, Reader
 from moejax.data.tokenizers import Tokenizer, load_tokenizer, make_tokenizer, tokenizer_files
+from moejax.task import LABELS, PAIRS, TEXT, Task, reserved_ids, resolve, window_of
 
-FORMAT = 1
+FORMAT = 2
 """Raise it when the same config would give other files."""
-KEYS = ("source", "eval_source", "eval_fraction", "text_key", "tokenizer", "shuffle")
+KEYS = ("source", "eval_source", "eval_fraction", "text_key", "task", "on_bad_record", "tokenizer", "shuffle")
 """Keys of config.data that change what is prepared; the others act when batches are made."""
 SPLITS = ("train", "eval")
 BATCH_DOCUMENTS, BATCH_LETTERS = 1000, 4 << 20
@@ -40,23 +46,39 @@ SAY_SECONDS = 10
 
 
 class TokenStream(NamedTuple):
-    """One split. tokens_N: memory map uint16 or uint32; starts: int64 [documents], offsets of the separators; bytes:
-    size of the text in UTF-8 without separators."""
+    """One split.
+
+    Attributes:
+      tokens: memory map uint16 or uint32 [N].
+      starts: int64 [documents], offsets of their first tokens: separators, or what else a tokenizer begins a text with.
+      bytes: size of the text in UTF-8 without separators.
+      documents: their number.
+      target: the same of the documents' targets, or None.
+      labels: of the documents, see above, or None.
+    """
 
     tokens: np.ndarray
     starts: np.ndarray
     bytes: int
     documents: int
+    target: "TokenStream | None" = None
+    labels: np.ndarray | None = None
+
+    def document(self, index: int) -> np.ndarray:
+        """The tokens of one document."""
+        end = self.starts[index + 1] if index + 1 < self.documents else len(self.tokens)
+        return self.tokens[self.starts[index]:end]
 
 
 class Prepared(NamedTuple):
-    """All that training and evaluation need of the data."""
+    """All that training and evaluation need of the data; `labels` are the names of labels in the order of the scores."""
 
     tokenizer: Tokenizer
     train: TokenStream
     eval: TokenStream
     folder: Path
     content: str
+    labels: tuple[str, ...] = ()
 
 
 def prepare(config: Config, folder: Path, say: Callable[[str], None] = print, content: str | None = None) -> Prepared:
@@ -80,6 +102,8 @@ def prepare(config: Config, folder: Path, say: Callable[[str], None] = print, co
     Raises:
       UserError: from the sources and the tokenizer, a split without documents, or data with another hash.
     """
+    task = resolve(config.data.task, config.model)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, task=task))
     fingerprint = _fingerprint(config)
     summary = read_json(folder / "summary.json")
     if summary.get("fingerprint") == fingerprint and content in (None, summary.get("content")):
@@ -101,24 +125,68 @@ def prepare(config: Config, folder: Path, say: Callable[[str], None] = print, co
 
 def _build(config: Config, folder: Path, say: Callable[[str], None], fingerprint: str) -> str:
     """Fills an empty folder; returns the hash of the data."""
-    begin = time.monotonic()
-    training = (text for split, text in _split(config) if split == "train")
-    tokenizer = make_tokenizer(config.data.tokenizer, config.model.vocab_size, training, folder)
+    begin, task = time.monotonic(), config.data.task
+    training = (text for split, example in _split(config, Reader(config)) if split == "train"
+                for text in (example.text, example.target) if text is not None)
+    reserved = reserved_ids(task, window_of(config.data, config.model.kind))
+    tokenizer = make_tokenizer(config.data.tokenizer, config.model.vocab_size - reserved, training, folder)
     say(f"data: tokenizer {config.data.tokenizer} with {tokenizer.vocab_size:,} ids, {time.monotonic() - begin:.1f} s")
-    lengths, text_bytes, content = _tokenise(config, tokenizer, folder, say)
+    reader = Reader(config)
+    lengths, labels, text_bytes, content = _tokenise(config, tokenizer, reader, folder, say)
+    if reader.left_out:
+        say(f"data: {len(reader.left_out):,} records left out; the first: {reader.left_out[0]}")
+    names = _name_labels(config, labels) if task.data == LABELS else ()
     for split in SPLITS:
         order = np.arange(len(lengths[split]))
         if split == "train" and config.data.shuffle:
             order = np.random.default_rng(config.seed).permutation(order)
         _arrange(folder, split, np.asarray(lengths[split], np.int64), order, _dtype(tokenizer))
-    counts = {split: {"documents": len(lengths[split]), "bytes": text_bytes[split], "tokens": sum(lengths[split])}
-              for split in SPLITS}
-    write_json(folder / "summary.json", {"fingerprint": fingerprint, "content": content, **counts})
+        if task.data == PAIRS:
+            _arrange(folder, f"{split}_target", np.asarray(lengths[f"{split}_target"], np.int64), order,
+                     _dtype(tokenizer))
+        if task.data == LABELS:
+            np.save(folder / f"{split}_labels.npy", _number(task, labels[split], names)[order])
+    counts = {split: {"documents": len(lengths[split]), "bytes": text_bytes[split], "tokens": sum(lengths[split]),
+                      "target_tokens": sum(lengths.get(f"{split}_target", ()))} for split in SPLITS}
+    write_json(folder / "summary.json", {"fingerprint": fingerprint, "content": content, "labels": names, **counts})
     for split, count in counts.items():
-        say(f"data: {split}: {count['documents']:,} documents, {count['bytes'] / 1e6:.2f} MB, "
-            f"{count['tokens']:,} tokens")
+        say(f"data: {split}: {count['documents']:,} documents, {count['bytes'] / 1e6:.2f} MB, {count['tokens']:,} tokens"
+            + (f", {count['target_tokens']:,} in targets" if task.data == PAIRS else ""))
     say(f"data: prepared in {time.monotonic() - begin:.1f} s")
     return content
+
+
+def _name_labels(config: Config, labels: dict[str, list[Any]]) -> tuple[str, ...]:
+    """The names of all labels. Raises `UserError` unless the model has a score for each, and training has them all."""
+    task, classes = config.data.task, config.model.classes
+    if task.objective == "regression":
+        check(classes == 1, "config.data.task.objective=regression gives one number; set config.model.classes=1, not "
+              f"{classes}")
+        return ()
+    each = (lambda label: label) if task.objective == "multi_label" else (lambda label: (label,))
+    seen = {split: {name for label in labels[split] for name in each(label)} for split in SPLITS}
+    names = task.labels or tuple(sorted(seen["train"]))
+    listed = ", ".join(names[:9]) + (", ..." if len(names) > 9 else "")
+    check(len(names) == classes, f"there are {len(names)} labels ({listed}); set config.model.classes={len(names)}, not "
+          f"{classes}")
+    for split in SPLITS:
+        unknown = sorted(seen[split] - set(names))
+        check(not unknown, f"label {unknown and unknown[0]!r} occurs in the {split} records only, so nothing learns it; "
+              "name all in config.data.task.labels")
+    return names
+
+
+def _number(task: Task, labels: list[Any], names: tuple[str, ...]) -> np.ndarray:
+    """Labels as the loss takes them."""
+    if task.objective == "regression":
+        return np.asarray(labels, np.float32)
+    place = {name: i for i, name in enumerate(names)}
+    if task.objective == "classification":
+        return np.array([place[label] for label in labels], np.int32)
+    numbered = np.zeros((len(labels), len(names)), np.float32)
+    for row, label in zip(numbered, labels):
+        row[[place[name] for name in label]] = 1
+    return numbered
 
 
 def load_prepared(folder: Path) -> Prepared:
@@ -126,15 +194,26 @@ def load_prepared(folder: Path) -> Prepared:
     summary = read_json(folder / "summary.json")
     check(bool(summary), f"{folder} holds no prepared data (summary.json); train with this workdir first")
     try:
-        streams = [TokenStream(np.load(folder / f"{split}.npy", mmap_mode="r"), np.load(folder / f"{split}_starts.npy"),
-                               summary[split]["bytes"], summary[split]["documents"]) for split in SPLITS]
-        whole = all(len(stream.tokens) == summary[split]["tokens"] and len(stream.starts) == stream.documents
-                    for split, stream in zip(SPLITS, streams))
-        content = summary["content"]
+        streams = [_load_stream(folder, split, summary[split]) for split in SPLITS]
+        content, labels = summary["content"], tuple(summary["labels"])
     except (OSError, EOFError, ValueError, KeyError, TypeError):
-        whole = False
-    check(whole, f"{folder}: the prepared data is damaged; delete the folder and start again")
-    return Prepared(load_tokenizer(folder), *streams, folder, content)
+        streams = []
+    check(bool(streams), f"{folder}: the prepared data is damaged; delete the folder and start again")
+    return Prepared(load_tokenizer(folder), *streams, folder, content, labels)
+
+
+def _load_stream(folder: Path, split: str, counts: dict[str, int]) -> TokenStream:
+    """One split. Raises ValueError if a file has not the size that it should have, and what numpy raises."""
+    def load(name: str, tokens: int, **more: Any) -> TokenStream:
+        stream = TokenStream(np.load(folder / f"{name}.npy", mmap_mode="r"), np.load(folder / f"{name}_starts.npy"),
+                             counts["bytes"], counts["documents"], **more)
+        if len(stream.tokens) != tokens or len(stream.starts) != stream.documents:
+            raise ValueError(name)
+        return stream
+
+    labels = folder / f"{split}_labels.npy"
+    return load(split, counts["tokens"], labels=np.load(labels) if labels.exists() else None,
+                target=load(f"{split}_target", counts["target_tokens"]) if counts["target_tokens"] else None)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -153,71 +232,84 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
 
 
 def _fingerprint(config: Config) -> str:
-    data = {key: getattr(config.data, key) for key in KEYS}
+    data = {key: getattr(config.data, key) for key in KEYS} | {"task": dataclasses.asdict(config.data.task)}
     named = [name for name in (config.data.source, config.data.eval_source) if name is not None]
     found = [sources.identity(name) for name in [*named, *map(str, tokenizer_files(config.data.tokenizer))]]
-    parts = [FORMAT, data, config.model.vocab_size, config.seed, found]
+    parts = [FORMAT, data, config.model.vocab_size, config.model.kind, config.seed, found, reserved_ids(
+        config.data.task, window_of(config.data, config.model.kind))]
     return hashlib.md5(json.dumps(parts).encode(), usedforsecurity=False).hexdigest()
 
 
-def _split(config: Config) -> Iterator[tuple[str, str]]:
-    """(split, text) of every document, in the order of the source, with eval_source first."""
+def _split(config: Config, reader: Reader) -> Iterator[tuple[str, Example]]:
+    """(split, example) of every document, in the order of the source, with eval_source first."""
     data, held_out = config.data, set()
     if data.eval_source is not None:
-        for text in sources.documents(data.eval_source, data.text_key):
-            held_out.add(bytes.fromhex(sources.digest(text)))
-            yield "eval", text
-    for text in sources.documents(data.source, data.text_key):
-        digest = sources.digest(text)
+        for example in reader.read(data.eval_source):
+            held_out.add(bytes.fromhex(sources.digest(example.text)))
+            yield "eval", example
+    for example in reader.read(data.source):
+        digest = sources.digest(example.text)
         if data.eval_source is None:
-            yield "eval" if int(digest[:8], 16) / 2**32 < data.eval_fraction else "train", text
+            yield "eval" if int(digest[:8], 16) / 2**32 < data.eval_fraction else "train", example
         elif bytes.fromhex(digest) not in held_out:
-            yield "train", text
+            yield "train", example
 
 
-def _tokenise(config: Config, tokenizer: Tokenizer, folder: Path, say: Callable[[str], None],
-              ) -> tuple[dict[str, list[int]], dict[str, int], str]:
-    """Writes SPLIT.raw with the tokens in the order of the source, and eval.utf8.
+def _tokenise(config: Config, tokenizer: Tokenizer, reader: Reader, folder: Path, say: Callable[[str], None],
+              ) -> tuple[dict[str, list[int]], dict[str, list[Any]], dict[str, int], str]:
+    """Writes NAME.raw with the tokens in the order of the source, NAME being a split or a split's targets, and eval.utf8.
 
     Returns:
-      Tokens of each document by split; bytes of text by split; the content hash.
+      Tokens of each document by name; labels by split; bytes of text by split; the content hash.
     """
-    lengths = {split: [] for split in SPLITS}
+    task, dtype = config.data.task, _dtype(tokenizer)
+    names = [f"{split}{part}" for split in SPLITS for part in (("", "_target") if task.data == PAIRS else ("",))]
+    lengths, labels = {name: [] for name in names}, {split: [] for split in SPLITS}
     text_bytes = dict.fromkeys(SPLITS, 0)
     content = hashlib.md5((folder / "tokenizer_config.json").read_bytes(), usedforsecurity=False)
     begin = said = time.monotonic()
-    with (open(folder / "train.raw", "wb") as train, open(folder / "eval.raw", "wb") as held_out,
-          open(folder / "eval.utf8.part", "wb") as held_out_text):
-        raw = {"train": train, "eval": held_out}
-        for batch in _batches(_split(config)):
-            for (split, text), ids in zip(batch, tokenizer.encode_batch([text for _, text in batch])):
-                tokens = np.array([tokenizer.separator_id, *ids], _dtype(tokenizer))
-                raw[split].write(tokens)
-                lengths[split].append(len(tokens))
-                data = text.encode("utf-8")
+    with contextlib.ExitStack() as stack:
+        raw = {name: stack.enter_context(open(folder / f"{name}.raw", "wb")) for name in names}
+        held_out_text = stack.enter_context(open(folder / "eval.utf8.part", "wb"))
+        for batch in _batches(_split(config, reader)):
+            texts = [example.text for _, example in batch]
+            framed = ([[tokenizer.separator_id, *ids] for ids in tokenizer.encode_batch(texts)] if task.data == TEXT
+                      else tokenizer.frame_batch(texts))
+            wanted = tokenizer.encode_batch([example.target or "" for _, example in batch if task.data == PAIRS]) or framed
+            for (split, example), ids, target_ids in zip(batch, framed, wanted):
+                data = example.text.encode("utf-8")
                 text_bytes[split] += len(data)
                 if split == "eval":
                     held_out_text.write(data)
                 content.update(f"{split} {len(data)} ".encode() + data)
-                content.update(tokens)
+                parts = {split: ids} if example.target is None else {
+                    split: ids, f"{split}_target": [*target_ids, tokenizer.separator_id]}
+                for name, part in parts.items():
+                    tokens = np.array(part, dtype)
+                    raw[name].write(tokens)
+                    lengths[name].append(len(tokens))
+                    content.update(tokens)
+                if example.label is not None:
+                    labels[split].append(example.label)
+                    content.update(repr(example.label).encode())
             if time.monotonic() - said > SAY_SECONDS:
                 said = time.monotonic()
-                say(f"data: {sum(map(len, lengths.values())):,} documents, {sum(text_bytes.values()) / 1e6:.1f} MB "
-                    f"tokenised in {said - begin:.0f} s")
+                say(f"data: {sum(len(lengths[split]) for split in SPLITS):,} documents, "
+                    f"{sum(text_bytes.values()) / 1e6:.1f} MB tokenised in {said - begin:.0f} s")
     os.replace(folder / "eval.utf8.part", folder / "eval.utf8")
     where = f"config.data.source={config.data.source!r}"
     check(bool(lengths["eval"]), f"{where}: none of its {len(lengths['train'])} documents is held out; raise "
           f"config.data.eval_fraction={config.data.eval_fraction} or set config.data.eval_source")
     check(bool(lengths["train"]), f"{where}: no document is left for training; take more text, or less held out")
-    return lengths, text_bytes, content.hexdigest()
+    return lengths, labels, text_bytes, content.hexdigest()
 
 
-def _batches(items: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
+def _batches(items: Iterable[tuple[str, Example]]) -> Iterator[list[tuple[str, Example]]]:
     """Lists of items with BATCH_DOCUMENTS documents or about BATCH_LETTERS letters at most."""
     batch, letters = [], 0
     for item in items:
         batch.append(item)
-        letters += len(item[1])
+        letters += len(item[1].text)
         if len(batch) == BATCH_DOCUMENTS or letters >= BATCH_LETTERS:
             yield batch
             batch, letters = [], 0

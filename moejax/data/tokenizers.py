@@ -13,6 +13,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from moejax.config import UserError, check, nearest
 from moejax.data import sources
 
@@ -42,6 +44,18 @@ class ByteTokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each text."""
         return [self.encode(text) for text in texts]
+
+    def frame_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, with the special tokens that one text has: the separator before it."""
+        return [[self.separator_id, *ids] for ids in self.encode_batch(texts)]
+
+    def named(self, names: Sequence[str]) -> list[int | None]:
+        """Ids of special tokens; None where there is no such token."""
+        return [None] * len(names)
+
+    def word_starts(self) -> np.ndarray | None:
+        """Which ids begin a word, bool; None if that cannot be told."""
+        return None
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids. Separators and unknown ids are dropped; broken UTF-8 becomes U+FFFD."""
@@ -75,6 +89,19 @@ class SentencePieceTokenizer:
     def _spell_meta(self, parts: list[list[int]]) -> list[int]:
         return [token for n, part in enumerate(parts) for token in (*(self.meta_ids if n else ()), *part)]
 
+    def frame_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, with the special tokens that one text has: the separator before it."""
+        return [[self.separator_id, *ids] for ids in self.encode_batch(texts)]
+
+    def named(self, names: Sequence[str]) -> list[int | None]:
+        """Ids of special tokens; None where there is no such token."""
+        found = [self.processor.piece_to_id(name) for name in names]
+        return [None if token == self.processor.unk_id() else token for token in found]
+
+    def word_starts(self) -> np.ndarray | None:
+        """Which ids begin a word, bool; None if that cannot be told."""
+        return _word_starts([self.processor.id_to_piece(token) for token in range(self.vocab_size)])
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids. Separators and unknown ids are dropped; broken UTF-8 becomes U+FFFD."""
         return self.processor.decode(_known(self, ids))
@@ -101,6 +128,20 @@ class HuggingFaceTokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each text."""
         return [encoding.ids for encoding in self.backend.encode_batch(list(texts), add_special_tokens=False)]
+
+    def frame_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, with the special tokens that the tokenizer puts around it, or the separator before it."""
+        plain = self.encode_batch(texts)
+        framed = [encoding.ids for encoding in self.backend.encode_batch(list(texts), add_special_tokens=True)]
+        return [[self.separator_id, *ids] if ids == whole else whole for ids, whole in zip(plain, framed)]
+
+    def named(self, names: Sequence[str]) -> list[int | None]:
+        """Ids of special tokens; None where there is no such token."""
+        return [self.backend.token_to_id(name) for name in names]
+
+    def word_starts(self) -> np.ndarray | None:
+        """Which ids begin a word, bool; None if that cannot be told."""
+        return _word_starts([self.backend.id_to_token(token) or "" for token in range(self.vocab_size)])
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids. Separators and unknown ids are dropped."""
@@ -169,6 +210,14 @@ def tokenizer_files(spec: str) -> list[Path]:
         raise UserError(message) from error
     check(len(found) == 1, f"config.data.tokenizer={spec!r} matches {len(found)} files; name one")
     return found
+
+
+def _word_starts(pieces: Sequence[str]) -> np.ndarray | None:
+    """Which pieces begin a word: those after a blank, or all that do not go on with ##. None if neither is marked."""
+    if any(piece.startswith("##") for piece in pieces):
+        return np.array([not piece.startswith("##") for piece in pieces])
+    starts = np.array([piece.startswith((META, "\u0120")) for piece in pieces])
+    return starts if starts.any() else None
 
 
 def _write_marker(folder: Path, **values: str) -> None:

@@ -31,7 +31,8 @@ def empty(model: Transformer, batch: int, slots: int) -> Memory:
 
 
 def extend(model: Transformer, params: Mapping[str, Any], memory: Memory, tokens_BL: Array, positions_BL: Array,
-           real_BL: Array, at: Array | int, source: Source | None = None) -> tuple[Array, Memory]:
+           real_BL: Array, at: Array | int, source: Source | None = None, prefix_BL: Array | None = None
+           ) -> tuple[Array, Memory]:
     """Reads L more tokens a row.
 
     Args:
@@ -43,6 +44,7 @@ def extend(model: Transformer, params: Mapping[str, Any], memory: Memory, tokens
       real_BL: bool, false for padding, which no token sees and no router counts.
       at: the first slot that the tokens take; the slots from there on are empty.
       source: what the encoder reads, the first time, if there is one.
+      prefix_BL: bool, which of them all see, also those before; None: none.
 
     Returns:
       Scores of the next token, float32 [B, L, V], and the memory with the tokens.
@@ -51,6 +53,6 @@ def extend(model: Transformer, params: Mapping[str, Any], memory: Memory, tokens
     segments_BS = jax.lax.dynamic_update_slice_in_dim(memory.segments_BS, segments_BL, at, axis=1)
     source_segments_BS = memory.source_segments_BS if source is None else source.segments_BS
     output = model.apply({"params": params["params"]}, tokens_BL, positions_BL, segments_BL, params["router"],
-                         source=source, source_segments_BS=source_segments_BS, cache=memory.layers, at=at,
-                         cached_segments_BS=segments_BS)
+                         prefix_BL=prefix_BL, source=source, source_segments_BS=source_segments_BS, cache=memory.layers,
+                         at=at, cached_segments_BS=segments_BS)
     return output.logits_BLV, Memory(output.cache, segments_BS, source_segments_BS)

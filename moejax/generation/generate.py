@@ -45,7 +45,7 @@ class Settings(NamedTuple):
 
 def generate(model: Transformer, params: Mapping[str, Any], tokens: Any, mask: Any = None, max_new_tokens: int = 32,
              temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, repetition_penalty: float = 1.0,
-             stop_tokens: Sequence[int] = (), seed: int = 0, decoder_tokens: Any = None) -> Generated:
+             stop_tokens: Sequence[int] = (), seed: int = 0, decoder_tokens: Any = None, prefix: bool = False) -> Generated:
     """Continues prompts. Compiles once for each model, batch size and power of two of prompt length and new tokens.
 
     Args:
@@ -61,6 +61,8 @@ def generate(model: Transformer, params: Mapping[str, Any], tokens: Any, mask: A
       stop_tokens: ids that end a row.
       seed: of the samples. The same prompt twice in a batch gives two samples, but equal calls give equal results.
       decoder_tokens: with an encoder, lists of ids with which the decoder begins each row; None: that of the model.
+      prefix: the tokens of a prompt but the last see each other in both directions, as a decoder is trained on pairs and on
+        prefixes.
 
     Returns:
       `Generated`.
@@ -105,7 +107,7 @@ def generate(model: Transformer, params: Mapping[str, Any], tokens: Any, mask: A
     model = model.clone(scan=model.scan and model.model.layers > UNROLLED_LAYERS)
     settings = Settings(float(temperature), int(top_k), float(top_p), float(repetition_penalty))
     new_BN, lengths_B = decode(model, params, source, tokens_BL, mask_BL, prompts.pad_to(digests_B2, (rows, 2)), stop_V,
-                               settings, int(max_new_tokens), slots=bucket(int(max_new_tokens), context))
+                               settings, int(max_new_tokens), slots=bucket(int(max_new_tokens), context), prefix=prefix)
     return Generated(np.asarray(new_BN)[:batch, :max_new_tokens], np.asarray(lengths_B)[:batch])
 
 
@@ -171,9 +173,10 @@ class Progress(NamedTuple):
     lengths_B: Array
 
 
-@partial(jax.jit, static_argnames=("model", "slots"))
+@partial(jax.jit, static_argnames=("model", "slots", "prefix"))
 def decode(model: Transformer, params: Mapping[str, Any], source: Source | None, tokens_BL: Array, mask_BL: Array,
-           digests_B2: Array, stop_V: Array, settings: Settings, limit: Array, *, slots: int) -> tuple[Array, Array]:
+           digests_B2: Array, stop_V: Array, settings: Settings, limit: Array, *, slots: int, prefix: bool = False
+           ) -> tuple[Array, Array]:
     """`generate` on arrays: reads all but the last token of the prompts at once, then goes on from the last.
 
     Args:
@@ -186,6 +189,7 @@ def decode(model: Transformer, params: Mapping[str, Any], source: Source | None,
       settings: numbers, traced.
       limit: int32 scalar, new tokens wanted, at most `slots`.
       slots: room for new tokens.
+      prefix: see `generate`.
 
     Returns:
       int32 [B, slots], of which the first `limit` columns have meaning, and int32 [B]; both replicated on a mesh.
@@ -222,7 +226,8 @@ def decode(model: Transformer, params: Mapping[str, Any], source: Source | None,
 
     # The scores of these tokens are not used, so the compiler leaves their [B, L, V] out.
     _, memory = cache.extend(model, params, cache.empty(model, batch, length - 1 + slots), tokens_BL[:, :-1],
-                             positions_BL[:, :-1], mask_BL[:, :-1], at=0, source=source)
+                             positions_BL[:, :-1], mask_BL[:, :-1], at=0, source=source,
+                             prefix_BL=mask_BL[:, :-1] if prefix else None)
     end = jax.lax.while_loop(go_on, take_step, Progress(
         step=jnp.zeros((), jnp.int32),
         token_B=tokens_BL[:, -1],

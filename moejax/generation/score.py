@@ -18,7 +18,7 @@ from moejax.models.transformer import Transformer
 
 
 def logits(model: Transformer, params: Mapping[str, Any], tokens: Any, mask: Any = None, decoder_tokens: Any = None,
-           decoder_mask: Any = None, types: Any = None) -> Array:
+           decoder_mask: Any = None, types: Any = None, prefix: Any = None) -> Array:
     """Scores of tokens at every position, or of classes for every row. Can be differentiated by `params`.
 
     Args:
@@ -29,6 +29,7 @@ def logits(model: Transformer, params: Mapping[str, Any], tokens: Any, mask: Any
       mask: bool [B, L], false at padding, which changes no other score; None: every token is real.
       decoder_tokens, decoder_mask: the same for the decoder of a model with both, start token included.
       types: int [B, L], of the tokens, if the model has types; None: all are of the first.
+      prefix: bool [B, L], tokens of a decoder's input that all see, also those before; None: none.
 
     Returns:
       float32 [B, L, V]; at padding some finite value. Or [B, C].
@@ -39,6 +40,11 @@ def logits(model: Transformer, params: Mapping[str, Any], tokens: Any, mask: Any
     """
     check(model.model.head != "none", "this model has no head that scores; moejax.embed gives its vectors")
     batch, size = arrays(model, tokens, mask, decoder_tokens, decoder_mask, types)
+    if prefix is not None:
+        prefix_BL = np.asarray(prefix, bool)
+        check(prefix_BL.shape == size and model.model.kind == "decoder",
+              "prefix must be [B, L] like the tokens of a decoder")
+        batch["prefix"] = prompts.pad_to(prefix_BL, batch["tokens"].shape) & (batch["segments"] > 0)
     if model.model.head == "classes":
         return forward(model, params, batch, "logits_BC")[:size[0]]
     return forward(model, params, batch, "logits_BLV")[:size[0], :size[1]]

@@ -158,9 +158,10 @@ def upcycle_workdir(workdir: Path, new: Path, changes: dict[str, Any], how: dict
 
 def extra(options: dict[str, Any], family: str) -> dict[str, Any]:
     """Options of the original config.json that say nothing of the model's computation."""
+    from moejax.hf.families import FAMILIES
     from moejax.hf.family import WITHOUT_EFFECT
     return {name: value for name, value in options.items() if name in WITHOUT_EFFECT} if (
-        options.get("model_type") == family) else {}
+        options.get("model_type") == FAMILIES[family].model_type) else {}
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -11,7 +11,7 @@ from flax import struct
 from jax import Array
 from jax.sharding import PartitionSpec
 
-from moejax import axes, sharding
+from moejax import axes, sharding, task
 from moejax.architecture import Architecture
 from moejax.config import Config, ModelConfig, MoEConfig, build_group, check
 from moejax.layers import attention
@@ -195,7 +195,12 @@ def resolve(config: Config) -> Config:
       UserError: an unknown router, what its rule cannot do, or a router that looks at later tokens without leave to do so.
     """
     moe = routing.resolve(config.moe)
-    config = dataclasses.replace(config, moe=moe, model=resolve_model(config.model))
+    data = dataclasses.replace(config.data, task=task.resolve(config.data.task, config.model))
+    config = dataclasses.replace(config, moe=moe, model=resolve_model(config.model), data=data)
+    objective, kind = task.OBJECTIVES[data.task.objective], config.model.kind
+    check(kind in objective.kinds and config.model.head in (objective.head, "none"), "config.data.task.objective="
+          f"{data.task.objective} needs config.model.kind={' or '.join(objective.kinds)} and config.model.head="
+          f"{objective.head}, not {kind} and {config.model.head}")
     plan_stacks(config.model, moe)  # which raises on blocks that there are not
     if moe.every:
         reason = routing.leak(moe)
@@ -290,6 +295,12 @@ def boxed_params(model: Transformer, key: Array) -> Any:
     tokens = jnp.zeros(shape, jnp.int32)
     source = Source(tokens, tokens, tokens) if model.model.kind == "encoder_decoder" else None
     return model.init(key, tokens, tokens, tokens, initial_router_state(model.model, model.moe), source=source)["params"]
+
+
+def in_head(path: tuple[str, ...]) -> bool:
+    """Whether the parameter at a path of a model's variables belongs to its head: another task has another."""
+    return path[:2] == ("params", "pooled") or (path[:2] == ("params", "embedding") and path[2] not in (
+        "table", "positions", "types", "norm"))
 
 
 def head(model: Transformer, params: Mapping[str, Any]) -> Array:

@@ -78,9 +78,9 @@ def upcycle(model: transformer.Transformer, variables: Mapping[str, Any], moe: M
     check(moe.renormalize and moe.route_scale == 1 and moe.shared_gate == "none" and moe.latent_divisor == 1,
           "the weights of a token's experts must sum to 1, or the outputs change: set config.moe.renormalize=True, "
           "route_scale=1, shared_gate=none, latent_divisor=1")
-    check(not dense.architecture.ffn_bias,
-          "the dense layers have biases, which experts cannot share out; only layers without can be upcycled")
-    sparse, here, there = model.clone(moe=moe), places(dense, model.moe), places(dense, moe)
+    design = dataclasses.replace(dense.architecture, expert_bias=dense.architecture.ffn_bias)
+    sparse = model.clone(moe=moe, model=dataclasses.replace(dense, architecture=design))
+    here, there = places(dense, model.moe), places(dense, moe)
     init_key, key = jax.random.split(key)
     routers = initial_routers(sparse, init_key)
     old = transformer.split_layers(model, variables["params"])
@@ -122,7 +122,7 @@ def experts_of(dense: Mapping[str, Array], router: Mapping[str, Array], experts:
         routed = jax.lax.slice_in_dim(w, shared, w.shape[axis], axis=axis)
         return jnp.stack(jnp.split(routed, granularity, axis=axis))[shard_E]
 
-    # A set's weight is spread over its shards, so each counts `granularity` times.
+    # A set's weight is spread over its shards, so each counts `granularity` times; the last bias is added by all alike.
     w_in_EDGF, w_out_EFD = shards(dense["w_in"], 2), shards(dense["w_out"], 0) * granularity
     in_key, out_key, drop_key, noise_key = jax.random.split(key, 4)
     if how.drop > 0:
@@ -138,9 +138,11 @@ def experts_of(dense: Mapping[str, Array], router: Mapping[str, Array], experts:
     # Experts are the last dimension of all that a top-k router learns. The first of each set scores for it.
     scores = {name: jnp.repeat(value[..., ::granularity], granularity, axis=-1) for name, value in router.items()}
     moe = {"w_in": w_in_EDGF, "w_out": w_out_EFD} | scores
-    if not shared:
-        return {"moe": moe}
-    return {"moe": moe, "shared": {"w_in": dense["w_in"][..., :shared], "w_out": dense["w_out"][:shared]}}
+    first = {"w_in": dense["w_in"][..., :shared], "w_out": dense["w_out"][:shared]}
+    if "b_in" in dense:
+        moe |= {"b_in": shards(dense["b_in"], 1), "b_out": jnp.tile(dense["b_out"], (experts, 1))}
+        first |= {"b_in": dense["b_in"][..., :shared], "b_out": jnp.zeros_like(dense["b_out"])}
+    return {"moe": moe, "shared": first} if shared else {"moe": moe}
 
 
 def redrawn(w: Array, key: Array) -> Array:

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moejax.config import Config
-from moejax.models.count import training_flops
+from moejax.models.count import row_lengths, training_flops
 from moejax.train.setup import Setup, set_up
 
 
@@ -32,13 +32,23 @@ def matmul_ceiling(mesh: Mesh, dtype: Any, repeats: int = 5) -> float:
 
 
 def random_batch(setup: Setup, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """The rows that this process holds of a batch of random tokens without padding."""
-    config = setup.config
-    shape = (len(setup.rows(config.data.batch_size)), config.data.length)
-    tokens = rng.integers(0, config.model.vocab_size, (shape[0], shape[1] + 1), dtype=np.int32)
-    return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "mask": np.ones(shape, bool),
-            "segments": np.ones(shape, np.int32),
-            "positions": np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape).copy()}
+    """The rows that this process holds of a batch of random tokens without padding, all of which are to be told."""
+    config, rows = setup.config, len(setup.rows(setup.config.data.batch_size))
+    length, source_length = row_lengths(config)
+
+    def draw(length: int, prefix: str = "") -> dict[str, np.ndarray]:
+        return {f"{prefix}tokens": rng.integers(0, config.model.vocab_size, (rows, length), dtype=np.int32),
+                f"{prefix}segments": np.ones((rows, length), np.int32),
+                f"{prefix}positions": np.broadcast_to(np.arange(length, dtype=np.int32), (rows, length)).copy()}
+
+    batch = draw(length) | (draw(source_length, "source_") if source_length else {})
+    objective, classes = config.data.task.objective, config.model.classes
+    told = {"classification": lambda: rng.integers(0, classes, rows, dtype=np.int32),
+            "multi_label": lambda: rng.integers(0, 2, (rows, classes)).astype(np.float32),
+            "regression": lambda: rng.normal(size=rows).astype(np.float32)}
+    if objective in told:
+        return batch | {"targets": told[objective](), "mask": np.ones(rows, bool)}
+    return batch | {"targets": np.roll(batch["tokens"], -1, axis=1), "mask": np.ones((rows, length), bool)}
 
 
 def peak_memory() -> int:
@@ -71,7 +81,7 @@ def benchmark(config: Config, steps: int = 10) -> dict[str, Any]:
             jax.block_until_ready((state, means, records))
             seconds.append(time.perf_counter() - start)
     median = statistics.median(seconds[2:])
-    rate = config.data.batch_size * config.data.length / median
+    rate = config.data.batch_size * sum(row_lengths(config)) / median
     flops = training_flops(config)
     return {"tokens_per_second": rate, "step_seconds": median, "compile_seconds": compile_seconds,
             "flops_per_token": flops, "matmul_ceiling_flops": ceiling, "utilisation": rate * flops / ceiling,

@@ -17,11 +17,14 @@ from moejax.checkpoint import Store, open_workdir, place, read_config
 from moejax.config import Config, check
 from moejax.data.loader import eval_batches, eval_size, train_loader
 from moejax.data.prepare import Prepared, load_prepared, prepare
-from moejax.evaluation.load import abstract_variables, load_sharded
+from moejax.data.rows import make_rows
+from moejax.evaluation.labels import label_metrics
+from moejax.evaluation.load import load_sharded
 from moejax.evaluation.perplexity import bits_per_byte, evaluate
 from moejax.metrics.record import Recorder, loss_summary, routing_summary, total_records
-from moejax.models.count import training_flops
-from moejax.models.transformer import Transformer, build, in_order
+from moejax.models.count import row_lengths, training_flops
+from moejax.models.transformer import Transformer, build, in_head, in_order
+from moejax.task import OBJECTIVES
 from moejax.train.benchmark import matmul_ceiling
 from moejax.train.progress import Progress, duration
 from moejax.train.setup import Setup, describe, set_up
@@ -112,7 +115,8 @@ def content_of_run(workdir: Path) -> str | None:
 def _run(setup: Setup, prepared: Prepared, store: Store, recorder: Recorder | None,
          stop_requested: Callable[[], bool]) -> Finished:
     config, options = setup.config, setup.config.train
-    loader = train_loader(prepared.train, prepared.tokenizer.separator_id, config, setup.rows(config.data.batch_size))
+    loader = train_loader(make_rows(prepared.train, prepared.tokenizer, config), config,
+                          setup.rows(config.data.batch_size))
     agree = processes.agree_by_step()
     state, step = start(setup, store, loader)
     progress = Progress(step, options.steps, quiet=recorder is None)
@@ -167,7 +171,7 @@ def start(setup: Setup, store: Store, loader: Any) -> tuple[TrainState, int]:
         if setup.config.train.init_from is None:
             return fresh, 0
         with processes.same_fate():
-            given = initial_variables(setup)
+            given = initial_variables(setup, {"params": fresh.params, "router": fresh.router_state})
         return fresh.replace(params=given["params"], router_state=given["router"]), 0
     restored = store.restore(place(items(setup.shapes), items(setup.shardings)))
     loader.set_state(restored.data["loader"])
@@ -176,38 +180,57 @@ def start(setup: Setup, store: Store, loader: Any) -> tuple[TrainState, int]:
                       training["key"]), restored.step
 
 
-def initial_variables(setup: Setup) -> Any:
-    """Parameters and router state of the run in config.train.init_from. Raises `UserError` if they are another model's."""
+def initial_variables(setup: Setup, fresh: Any) -> Any:
+    """Parameters and router state of the run in config.train.init_from, and fresh ones for a head that it has not.
+
+    Raises:
+      UserError: the bodies are not of one model.
+    """
     workdir = Path(setup.config.train.init_from)
-    theirs, mine = (
-        {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape
-         for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_variables(model)[0])}
-        for model in (build(read_config(workdir)), setup.model))
-    for name in sorted(theirs.keys() | mine.keys()):
-        check(theirs.get(name) == mine.get(name), f"config.train.init_from={workdir} is another model: {name} has shape "
-              f"{theirs.get(name)} there and {mine.get(name)} here; take its config.json as --config")
-    return load_sharded(workdir, setup.model, setup.mesh).items["model"]
+    theirs = build(read_config(workdir))
+    found = flat(load_sharded(workdir, theirs, setup.mesh).items["model"])
+    mine = flat(fresh)
+    for path in sorted(found.keys() | mine.keys()):
+        if in_head(path) and (path not in found or path not in mine or found[path].shape != mine[path].shape):
+            continue
+        one, other = (tree[path].shape if path in tree else None for tree in (found, mine))
+        check(one == other, f"config.train.init_from={workdir} is another model: {'/'.join(path)} has shape {one} there "
+              f"and {other} here; take its config.json as --config")
+    taken = [found[path] if path in found and found[path].shape == leaf.shape else leaf for path, leaf in mine.items()]
+    return jax.tree.unflatten(jax.tree.structure(fresh), taken)
+
+
+def flat(tree: Any) -> dict[tuple[str, ...], Any]:
+    """The leaves of nested dicts by path."""
+    return {tuple(key.key for key in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def run_evaluation(setup: Setup, prepared: Prepared, params: Any, router_state: Any, step: int) -> dict[str, Any]:
     """Evaluates on the held-out split and returns the record; call it under the setup's mesh."""
     begin = time.monotonic()
-    stream, tokenizer = prepared.eval, prepared.tokenizer
-    batches = eval_batches(stream, tokenizer.separator_id, setup.config, setup.rows(eval_size(setup.config)))
+    config, stream = setup.config, prepared.eval
+    rows = make_rows(stream, prepared.tokenizer, config)
+    batches = eval_batches(rows, config, setup.rows(eval_size(config)))
     result = evaluate(setup.eval_step, params, router_state, map(setup.put, batches))
     seconds = time.monotonic() - begin
-    return {"step": step, "split": "eval", "loss": result.loss, "accuracy": result.accuracy,
-            "perplexity": float(np.exp(min(result.loss, 700.0))),
-            "bits_per_byte": bits_per_byte(result.loss, len(stream.tokens) - 1, stream.bytes),
-            "targets": result.targets, "tokens_per_second": result.targets / seconds, "seconds": seconds,
-            **loss_summary(result.records), **routing_summary(result.records)}
+    record = {"step": step, "split": "eval", **result.means}
+    if OBJECTIVES[config.data.task.objective].head == "tokens":
+        record["perplexity"] = float(np.exp(min(result.means["loss"], 700.0)))
+    else:
+        record |= label_metrics(config.data.task.objective, result.scores, result.labels)
+    if config.data.task.objective == "next_token":
+        record["bits_per_byte"] = bits_per_byte(result.means["loss"], len(stream.tokens) - 1, stream.bytes)
+    return record | {"targets": result.targets, "tokens_per_second": result.targets / seconds, "seconds": seconds,
+                     **loss_summary(result.records), **routing_summary(result.records)}
 
 
 def evaluation_line(record: dict[str, Any]) -> str:
     """One line for people."""
-    return (f"step {record['step']}  held-out loss {record['loss']:.4f}  bits per byte {record['bits_per_byte']:.4f}  "
-            f"perplexity {record['perplexity']:.2f}  accuracy {record['accuracy']:.4f}  "
-            f"({record['targets']:,} tokens in {duration(record['seconds'])})")
+    shown = {"bits_per_byte": ".4f", "perplexity": ".2f", "accuracy": ".4f", "f1_macro": ".4f", "f1_micro": ".4f",
+             "matthews": ".4f", "spearman": ".4f"}
+    parts = [f"{name.replace('_', ' ')} {record[name]:{form}}" for name, form in shown.items() if name in record]
+    return "  ".join([f"step {record['step']}", f"held-out loss {record['loss']:.4f}", *parts,
+                      f"({record['targets']:,} targets in {duration(record['seconds'])})"])
 
 
 class Meter:
@@ -243,7 +266,7 @@ class Meter:
         collected = jax.device_get([(means, in_order(records)) for means, records in self._collected])
         now = time.monotonic()
         config = self._setup.config
-        rate = self._timed * config.data.batch_size * config.data.length / (now - self._since)
+        rate = self._timed * config.data.batch_size * sum(row_lengths(config)) / (now - self._since)
         self._collected, self._timed, self._since = [], 0, now
         layers = total_records([records for _, records in collected])
         means = {name: float(np.mean([means[name] for means, _ in collected])) for name in collected[0][0]}

@@ -4,18 +4,21 @@ from functools import partial
 from typing import Any, Callable, Mapping, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moejax import axes, compiler_options, sharding
-from moejax.config import Config
+from moejax.config import Config, check
 from moejax.evaluation.perplexity import make_eval_step
 from moejax.models import count, transformer
 from moejax.moe.routing import get_router
 from moejax.objectives.chunked import over_chunks
-from moejax.objectives.next_token import next_token
+from moejax.objectives.classes import classification, multi_label, regression
+from moejax.objectives.cross_entropy import cross_entropy
+from moejax.task import OBJECTIVES
 from moejax.train.optimizer import make_optimizer
 from moejax.train.state import TrainState, initialise, state_shardings
 from moejax.train.step import Functions, train_step
@@ -33,7 +36,7 @@ class Setup(NamedTuple):
       placements: where they lie.
       initialise: () -> TrainState on the mesh.
       train_step: (state, batch) -> (state, scalars, records); jitted, consumes the state.
-      eval_step: (params, router_state, batch) -> (sums, records); jitted.
+      eval_step: (params, router_state, batch) -> (sums, records, scores); jitted. Scores of classes, or None.
       rows: size of a global batch -> the rows of it that this process feeds.
       put: these rows as numpy arrays -> the global batch on the mesh.
     """
@@ -62,6 +65,7 @@ def set_up(config: Config) -> Setup:
     mesh = sharding.make_mesh(config.mesh)
     check_batches(config, mesh)
     config = transformer.resolve(config)
+    check(config.model.head != "none", "config.model.head=none leaves nothing to train; set it to tokens or classes")
     model = transformer.build(config)
     param_shapes, logical = transformer.abstract_params(model)
     placed = sharding.placements(param_shapes, logical, mesh)
@@ -82,23 +86,34 @@ def set_up(config: Config) -> Setup:
         placed,
         initialise=lambda: jax.jit(start, out_shardings=shardings)(jax.random.PRNGKey(config.seed)),
         train_step=step,
-        eval_step=make_eval_step(functions.forward, functions.objective, everywhere, options),
+        eval_step=make_eval_step(functions.forward, functions.objective, everywhere, options,
+                                 with_scores=OBJECTIVES[config.data.task.objective].head == "classes"),
         rows=partial(sharding.batch_rows, mesh),
         put=partial(sharding.put_batch, mesh))
 
 
 def make_functions(config: Config, model: transformer.Transformer) -> Functions:
     """The model, objective and router update of a config as the plain functions that a step takes."""
+    task = config.data.task
+    by_token = OBJECTIVES[task.objective].head == "tokens"
+
     def forward(params: Any, router_state: Any, batch: Mapping[str, Array], train: bool = False,
                 key: Array | None = None, totals: Any = None, wholes: Any = None) -> tuple[Array, Any]:
         output = transformer.apply_batch(model, params, router_state, batch, train=train, totals=totals, wholes=wholes,
                                          rngs=None if key is None else {"dropout": key})
-        return output.x_BLD, output.records
+        return (output.x_BLD if by_token else output.logits_BC), output.records
 
-    per_token = partial(next_token, label_smoothing=config.train.label_smoothing, head_z_weight=config.train.head_z_weight)
+    per_token = partial(cross_entropy, label_smoothing=config.train.label_smoothing,
+                        head_z_weight=config.train.head_z_weight)
 
-    def objective(params: Any, x_BLD: Array, targets_BL: Array, mask_BL: Array) -> tuple[Array, dict[str, Array]]:
-        return over_chunks(per_token, config.train.loss_chunk, transformer.head(model, params), x_BLD, targets_BL, mask_BL)
+    weight_C = None if task.class_weights is None else jnp.asarray(task.class_weights)
+    by_row = {"classification": partial(classification, weight_C=weight_C, label_smoothing=config.train.label_smoothing),
+              "multi_label": multi_label, "regression": regression}
+
+    def objective(params: Any, x: Array, targets: Array, mask: Array) -> tuple[Array, dict[str, Array]]:
+        if not by_token:
+            return by_row[task.objective](x, targets, mask)
+        return over_chunks(per_token, config.train.loss_chunk, transformer.head(model, params), x, targets, mask)
 
     router = get_router(config.moe.router)
     sparse = config.moe.every > 0
@@ -119,6 +134,7 @@ def check_batches(config: Config, mesh: Mesh) -> None:
                                                    if parts > 1 else ""))
     sharding.divisible(data.eval_batch_size or data.batch_size, mesh, axes.BATCH_AXES, "config.data.eval_batch_size")
     sharding.divisible(data.length, mesh, (axes.CONTEXT,), "config.data.length")
+    sharding.divisible(data.source_length or data.length, mesh, (axes.CONTEXT,), "config.data.source_length")
 
 
 def describe(setup: Setup) -> str:

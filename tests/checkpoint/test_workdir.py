@@ -25,17 +25,25 @@ def stored(workdir) -> Config:
     return transformer.resolve(read_config(workdir))
 
 
+NEEDED = {"model.kind": {"data__task": {"objective": "prefix_lm"}},
+          "model.encoder_layers": {"data__task": {"objective": "prefix_lm"}, "model__kind": "encoder_decoder"},
+          "model.head": {"data__task": {"objective": "masked_lm"}, "model__kind": "encoder"}}
+"""What else must be set for a key to have another valid value."""
+
+
 def another(name: str) -> Config:
-    """A valid config that differs from the defaults in one key."""
-    field, default = fields()[name], flatten(to_dict(changed_config())).get(name)
+    """A valid config that differs from `changed_config(**NEEDED)` in one key."""
+    needed = NEEDED.get(name, {})
+    field, default = fields()[name], flatten(to_dict(changed_config(**needed))).get(name)
     kind = typing.get_args(field.type)[0] if isinstance(field.type, types.UnionType) else field.type
     candidates = {bool: [True, False], int: [1, 2, 8, 64, 2048], float: [0.5, 2.0],
                   str: [*field.metadata["choices"], "other", "hash"], tuple[int, ...]: [[1]],
-                  typing.Any: [{"sinks": True} if name == "model.architecture" else {"groups": 2}]}[kind]
+                  typing.Any: [{"model.architecture": {"sinks": True}, "moe.options": {"groups": 2},
+                                "data.task": {"objective": "prefix_lm"}}.get(name)]}[kind]
     for value in candidates:
         try:
             if value != default:
-                return changed_config(**{name.replace(".", "__"): value})
+                return changed_config(**needed, **{name.replace(".", "__"): value})
         except UserError:
             continue
     raise AssertionError(f"no other value found for {name}")
@@ -60,7 +68,7 @@ def test_others_may_read_the_config(tmp_path):
 
 @pytest.mark.parametrize("name", [name for name in fields() if len(fields()[name].metadata["choices"]) != 1])
 def test_exactly_the_free_keys_may_change_in_a_run(tmp_path, name):
-    open_workdir(tmp_path, changed_config(), print)
+    open_workdir(tmp_path, changed_config(**NEEDED.get(name, {})), print)
     start_run(tmp_path)
     said = []
     if fields()[name].metadata["free"]:

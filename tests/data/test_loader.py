@@ -9,6 +9,8 @@ from moejax.config import UserError, build
 from moejax.data.loader import eval_batches, train_loader
 from moejax.data.packing import KEYS
 from moejax.data.prepare import TokenStream
+from moejax.data.rows import make_rows
+from moejax.data.tokenizers import ByteTokenizer
 
 LENGTH, WINDOWS, BATCH = 5, 11, 4
 SEPARATOR = 0
@@ -20,8 +22,12 @@ def config(train=None, seed=7, **data):
     return build({"seed": seed, "data": {"length": LENGTH, "batch_size": BATCH, **data}, "train": train or {}})
 
 
-def loader(cfg, rows=slice(None)):
-    return train_loader(STREAM, SEPARATOR, cfg, rows)
+def loader(cfg, own=slice(None)):
+    return train_loader(rows_of(cfg), cfg, own)
+
+
+def rows_of(cfg, stream=STREAM):
+    return make_rows(stream, ByteTokenizer(separator_id=SEPARATOR), cfg)
 
 
 def take(iterator, n):
@@ -70,7 +76,7 @@ def test_a_restored_iterator_goes_on_bitwise_even_with_other_rows(done, before, 
 
 @pytest.mark.parametrize("size", [3, 11, 16])
 def test_evaluation_reads_the_stream_once_in_order(size):
-    batches = list(eval_batches(STREAM, SEPARATOR, config(eval_batch_size=size)))
+    batches = list(eval_batches(rows_of(config()), config(eval_batch_size=size)))
     assert {batch[key].shape for batch in batches for key in KEYS} == {(size, LENGTH)}
     targets = np.concatenate([batch["targets"][batch["mask"]] for batch in batches])
     np.testing.assert_array_equal(targets, STREAM.tokens[1:])
@@ -81,13 +87,13 @@ def test_evaluation_reads_the_stream_once_in_order(size):
 
 def test_evaluation_takes_rows_and_is_cut_by_eval_batches():
     cfg = config()
-    whole = list(eval_batches(STREAM, SEPARATOR, cfg))
+    whole = list(eval_batches(rows_of(cfg), cfg))
     rows = np.array([1, 3])
-    assert same(list(eval_batches(STREAM, SEPARATOR, cfg, rows)), [{k: batch[k][rows] for k in KEYS} for batch in whole])
+    assert same(list(eval_batches(rows_of(cfg), cfg, rows)), [{k: batch[k][rows] for k in KEYS} for batch in whole])
     for limit in (1, 2, 99):
-        assert same(list(eval_batches(STREAM, SEPARATOR, config(train={"eval_batches": limit}))), whole[:limit])
+        assert same(list(eval_batches(rows_of(cfg), config(train={"eval_batches": limit}))), whole[:limit])
 
 
 def test_a_stream_with_nothing_to_predict():
     with pytest.raises(UserError, match="fewer than two tokens"):
-        train_loader(STREAM._replace(tokens=STREAM.tokens[:1]), SEPARATOR, config())
+        rows_of(config(), STREAM._replace(tokens=STREAM.tokens[:1]))

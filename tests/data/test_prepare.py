@@ -83,7 +83,7 @@ def test_a_second_call_reuses_the_files_and_a_changed_key_does_not(corpus, tmp_p
     first = prepare(config(corpus, length=64), folder, quiet)
     assert baselines.unigram_bits_per_byte(first) > 0
     calls = []
-    monkeypatch.setattr(module, "_split", lambda cfg, split=module._split: calls.append(1) or split(cfg))
+    monkeypatch.setattr(module, "_split", lambda *args, split=module._split: calls.append(1) or split(*args))
     again = prepare(config(corpus, length=32, batch_size=2, boundaries=False), folder, quiet)
     assert not calls and again.content == first.content and (folder / "baselines.json").exists()
     np.testing.assert_array_equal(again.train.tokens, first.train.tokens)

@@ -120,7 +120,7 @@ def test_tfds_gives_the_package_files(tmp_path, monkeypatch):
     assert list(documents("tfds:tfds_sotu:train[:7]", "text")) == whole[:7]
     assert identity("tfds:tfds_sotu")[0] == "tfds_sotu/1.0.0" and str(tmp_path) in identity("tfds:tfds_sotu")[2]
     for source, key, said in [("tfds:tfds_sotu:test", "text", "no split 'test'; there are train"),
-                              ("tfds:tfds_sotu", "body", "no field 'body'.*text, name"),
+                              ("tfds:tfds_sotu", "body", "no field 'body'.*name, text"),
                               ("tfds:no_such_set", "text", "no such data set")]:
         with pytest.raises(UserError, match=said):
             list(documents(source, key))

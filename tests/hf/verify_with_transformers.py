@@ -40,9 +40,15 @@ def exported(name, folder):
         output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), (name, info)
     golden = np.load(GOLDEN / name / "golden.npz")
+    more = {theirs: torch.tensor(golden[ours]) for theirs, ours in (
+        ("token_type_ids", "types"), ("decoder_input_ids", "decoder_ids")) if ours in golden}
     with torch.no_grad():
-        out = net.eval()(input_ids=torch.tensor(golden["ids"]), attention_mask=torch.tensor(golden["mask"]))
-    return np.abs(out.logits.numpy() - golden["logits"])[golden["mask"] == 1].max()
+        out = net.eval()(input_ids=torch.tensor(golden["ids"]), attention_mask=torch.tensor(golden["mask"]), **more)
+    if "hidden" in golden:
+        return np.abs(out.last_hidden_state.numpy() - golden["hidden"])[golden["mask"] == 1].max()
+    difference = np.abs(out.logits.numpy() - golden["logits"])
+    mask = golden["decoder_mask"] if "decoder_mask" in golden else golden["mask"]
+    return (difference if difference.ndim == 2 else difference[mask == 1]).max()
 
 
 def batches(vocab):

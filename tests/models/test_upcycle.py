@@ -11,9 +11,9 @@ from moejax.models import transformer
 from moejax.models.upcycle import Upcycling, experts_of, upcycle
 
 
-def dense():
+def dense(**changes):
     """A dense model of three layers, with its variables and a batch."""
-    config = tiny_config(moe__every=0)
+    config = tiny_config(moe__every=0, **changes)
     model, params, state = tiny_model(config)
     return model, {"params": params, "router": state}, tiny_batch(config)
 
@@ -38,6 +38,17 @@ def test_the_sparse_model_gives_the_dense_models_logits(changes, granularity):
     assert jax.tree.structure(upcycled["params"]) == jax.tree.structure(transformer.abstract_params(sparse)[0])
     jax.tree.map(lambda a, shape: np.testing.assert_array_equal(a.shape, shape.shape), upcycled["params"],
                  transformer.abstract_params(sparse)[0])
+    real = batch["segments"] > 0
+    np.testing.assert_allclose(logits(sparse, upcycled, batch)[real], logits(model, variables, batch)[real], atol=1e-5)
+
+
+@pytest.mark.parametrize("changes", [{"num_experts": 4, "every": 2}, {
+    "num_experts": 8, "experts_per_token": 4, "shared_experts": 1, "shared_ffn": 8}])
+def test_biases_are_shared_out_too(changes):
+    model, variables, batch = dense(model__architecture={"ffn_bias": True, "activation": "gelu"})
+    how = Upcycling(2 if "shared_ffn" in changes else 1)
+    sparse, upcycled = upcycle(model, variables, MoEConfig(**changes), how, jax.random.key(1))
+    assert jax.tree.structure(upcycled["params"]) == jax.tree.structure(transformer.abstract_params(sparse)[0])
     real = batch["segments"] > 0
     np.testing.assert_allclose(logits(sparse, upcycled, batch)[real], logits(model, variables, batch)[real], atol=1e-5)
 

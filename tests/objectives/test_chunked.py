@@ -11,10 +11,10 @@ import pytest
 from moejax import sharding
 from moejax.config import MeshConfig
 from moejax.objectives.chunked import chunks_of, over_chunks
-from moejax.objectives.next_token import next_token
+from moejax.objectives.cross_entropy import cross_entropy
 
 B, L, D, V = 8, 12, 5, 14
-OBJECTIVE = partial(next_token, label_smoothing=0.1, head_z_weight=0.01)
+OBJECTIVE = partial(cross_entropy, label_smoothing=0.1, head_z_weight=0.01)
 MESHES = [None, MeshConfig(data=8), MeshConfig(data=2, expert=2, model=2), MeshConfig(data=1, expert=4, context=2)]
 
 

@@ -1,11 +1,11 @@
-"""Next-token prediction."""
+"""Cross-entropy of tokens: the loss of every objective that predicts tokens."""
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 
-def next_token(logits_BLV: Array, targets_BL: Array, mask_BL: Array, *, label_smoothing: float = 0.0,
+def cross_entropy(logits_BLV: Array, targets_BL: Array, mask_BL: Array, *, label_smoothing: float = 0.0,
                head_z_weight: float = 0.0) -> tuple[Array, dict[str, Array]]:
     """Cross-entropy of the targets, summed over the tokens that count.
 

@@ -1,0 +1,120 @@
+"""Records to examples: a text, and for some objectives its target text or its label."""
+
+import string
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from moejax.config import Config, UserError, check
+from moejax.data import sources
+from moejax.task import PAIRS, TEXT, Task, fields_of
+
+
+class Example(NamedTuple):
+    """One example.
+
+    Attributes:
+      text: what the model reads.
+      target: what it is to write; None without.
+      label: a name, a number, or several names; None without.
+      where: its place, for people.
+    """
+
+    text: str
+    target: str | None = None
+    label: Any = None
+    where: str = ""
+
+
+class Reader:
+    """Reads the examples of sources, and counts the records that it leaves out.
+
+    Args:
+      config: `data.task`, `data.text_key` and `data.on_bad_record`.
+    """
+
+    def __init__(self, config: Config):
+        self.task, self.text_key = config.data.task, config.data.text_key
+        self.skips = config.data.on_bad_record == "skip"
+        self.left_out: list[str] = []
+
+    def read(self, source: str) -> Iterator[Example]:
+        """The examples of a source. Raises `UserError` on a bad record, unless these are left out, or if there is none."""
+        found = 0
+        if self.task.data == TEXT and not self.skips:
+            for text in sources.documents(source, self.text_key):
+                yield Example(text)
+            return
+        for record in sources.records(source):
+            try:
+                example = self.example(record)
+            except UserError as error:
+                if not self.skips:
+                    raise
+                self.left_out.append(str(error))
+                continue
+            found += 1
+            yield example
+        check(found > 0, f"source {source!r} holds no example; give files that are not empty"
+              + (f" (the first record that was left out: {self.left_out[0]})" if self.left_out else ""))
+
+    def example(self, record: sources.Record) -> Example:
+        """One example. Raises `UserError` with place and reason if the record is bad."""
+        task, key = self.task, "config.data.task"
+        if task.data == TEXT:
+            text = sources.field(record, sources.WHOLE_FILE if record.whole else self.text_key, "config.data.text_key")
+            check(bool(text.strip()), f"{record.where}: the text is empty")
+            return Example(text, where=record.where)
+        text = fill(record, task.input, f"{key}.input")
+        if task.data == PAIRS:
+            return Example(text, fill(record, task.target, f"{key}.target"), where=record.where)
+        return Example(text, label=read_label(record, task), where=record.where)
+
+
+def fill(record: sources.Record, template: str, key: str) -> str:
+    """A template with a record's fields. Raises `UserError` if one is missing or the text is empty."""
+    values = {name: text_of(record, name, key) for name in fields_of(template, key)}
+    empty = [name for name, value in values.items() if not value.strip()]
+    check(not empty, f"{record.where}: field {empty and empty[0]!r} is empty; leave the record out, or set "
+          "config.data.on_bad_record=skip")
+    return string.Formatter().vformat(template, (), values)
+
+
+def text_of(record: sources.Record, name: str, key: str) -> str:
+    """A field as text; numbers are written out."""
+    value = record.fields.get(name)
+    value = value.item() if hasattr(value, "item") else value
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value)
+    return sources.field(record, name, key)
+
+
+def plain(value: Any) -> Any:
+    """A value without the types of numpy and without bytes, as TFDS has them."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(value, list):
+        return [plain(part) for part in value]
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+
+
+def read_label(record: sources.Record, task: Task) -> Any:
+    """The label of a record: a name, a finite number (regression), or a sorted tuple of names (multi_label)."""
+    check(record.problem is None, f"{record.where}: {record.problem}")
+    known = f" to one of {', '.join(record.fields)}" if record.fields else ""
+    check(task.label in record.fields, f"{record.where}: no field {task.label!r}; set config.data.task.label{known}")
+    value = plain(record.fields[task.label])
+    if task.objective == "regression":
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = float("nan")
+        check(number - number == 0, f"{record.where}: field {task.label!r} holds {value!r}, which is no number")
+        return number
+    several = task.objective == "multi_label"
+    fitting = isinstance(value, (list, tuple)) if several else not isinstance(value, (list, tuple, dict, type(None)))
+    check(fitting, f"{record.where}: field {task.label!r} holds {value!r}, which is no "
+          + ("list of labels" if several else "label"))
+    names = tuple(sorted({str(name) for name in value})) if several else (str(value),)
+    for name in names:
+        check(task.labels is None or name in task.labels, f"{record.where}: label {name!r} is none of "
+              f"config.data.task.labels={', '.join(task.labels or ())}")
+    return names if several else names[0]

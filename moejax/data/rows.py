@@ -1,0 +1,190 @@
+"""What the model reads and is to tell, row by row, for every objective."""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+
+from moejax.config import Config, check
+from moejax.data.packing import num_windows, pack
+from moejax.data.prepare import TokenStream
+from moejax.data.tokenizers import Tokenizer
+from moejax.objectives.masked_lm import mask_tokens
+from moejax.objectives.prefix_lm import draw_prefix
+from moejax.objectives.span_corruption import corrupt, draw_spans
+from moejax.task import LABELS, PAIRS, UL2_SPANS, Task, denoisers, num_spans, prefix_of, reserved_ids, resolve, window_of
+
+Row = dict[str, np.ndarray]
+
+
+class Rows(NamedTuple):
+    """The rows of a split.
+
+    Attributes:
+      count: their number.
+      make: (number, random generator) -> arrays of one row; zeros, with nothing to tell, for numbers from `count` on.
+    """
+
+    count: int
+    make: Callable[[int, np.random.Generator], Row]
+
+
+class Layout(NamedTuple):
+    """How input and target become a row.
+
+    Attributes:
+      both: an encoder reads the input and a decoder the target; or a decoder reads both.
+      length: slots of the decoder.
+      source_length: slots of the encoder.
+      start_id: with which a decoder behind an encoder begins.
+    """
+
+    both: bool
+    length: int
+    source_length: int
+    start_id: int
+
+
+def make_rows(stream: TokenStream, tokenizer: Tokenizer, config: Config) -> Rows:
+    """The rows of a split for the objective in config.data.task. Raises `UserError` if there is nothing to tell."""
+    task = resolve(config.data.task, config.model)
+    data = dataclasses.replace(config.data, task=task)
+    design, both = config.model.architecture, config.model.kind == "encoder_decoder"
+    layout = Layout(both, data.length, data.source_length or data.length, getattr(design, "start_token", 0))
+    if task.data == LABELS:
+        return _with_empty(stream.documents, partial(labelled, stream, task, data.length))
+    if task.data == PAIRS:
+        return _with_empty(stream.documents, lambda index, rng: pair(
+            stream.document(index), stream.target.document(index), layout))
+    separator, window = tokenizer.separator_id, window_of(data, config.model.kind)
+    count = num_windows(len(stream.tokens), window)
+    check(count > 0, "a data split has fewer than two tokens; take more text in config.data.source")
+    if task.objective in ("prefix_lm", "span_corruption", "ul2") and (both or task.objective != "prefix_lm"):
+        specials = special_ids(tokenizer, task, window, config.model.vocab_size)
+        return _with_empty(count, lambda index, rng: denoised(np.asarray(
+            stream.tokens[index * window:(index + 1) * window], np.int32), task, specials, separator, layout, rng))
+    packed = partial(pack, stream.tokens, separator, data.length, data.boundaries)
+    if task.objective == "next_token":
+        return Rows(count, lambda index, rng: packed(index))
+    if task.objective == "prefix_lm":
+        return Rows(count, lambda index, rng: with_prefix(packed(index), rng))
+    mask_id, = special_ids(tokenizer, task, window, config.model.vocab_size)
+    starts_V = tokenizer.word_starts() if task.whole_words else np.ones(tokenizer.vocab_size, bool)
+    check(starts_V is not None, f"config.data.task.whole_words: config.data.tokenizer={data.tokenizer} does not tell where "
+          "words begin; set it to False")
+    return Rows(count, lambda index, rng: masked(packed(index), starts_V, separator, mask_id, task.mask_rate, rng))
+
+
+def special_ids(tokenizer: Tokenizer, task: Task, window: int, vocab_size: int) -> list[int]:
+    """The ids that an objective needs: the tokenizer's own if it has them, else those behind its last.
+
+    Raises:
+      UserError: the model has no room for them.
+    """
+    count = reserved_ids(task, window)
+    if task.objective == "masked_lm":
+        named = next((token for token in tokenizer.named(("[MASK]", "<mask>")) if token is not None), None)
+        if named is not None:
+            return [named]
+    elif count:
+        modes = 3 if task.objective == "ul2" else 0
+        sentinels = (f"<extra_id_{i}>" for i in range(count - modes))
+        named = tokenizer.named([*("[NLU]", "[S2S]", "[NLG]")[:modes], *sentinels])
+        if None not in named:
+            return named
+    last = tokenizer.vocab_size
+    check(last + count <= vocab_size, f"config.data.task.objective={task.objective} needs {count} ids beside the {last} of "
+          f"the tokenizer; set config.model.vocab_size={last + count} or more")
+    return list(range(last, last + count))
+
+
+def masked(row: Row, starts_V: np.ndarray, separator_id: int, mask_id: int, rate: float, rng: np.random.Generator) -> Row:
+    """A packed window for an encoder that is to tell the hidden tokens. Separators are never hidden."""
+    tokens_L = row["tokens"]
+    real_L = (row["segments"] > 0) & (tokens_L != separator_id)
+    known_L = tokens_L < len(starts_V)
+    starts_L = np.where(known_L, starts_V[np.where(known_L, tokens_L, 0)], True)
+    seen_L, chosen_L = mask_tokens(tokens_L, real_L, starts_L, rate, mask_id, len(starts_V), rng)
+    return row | {"tokens": seen_L.astype(np.int32), "targets": tokens_L, "mask": chosen_L}
+
+
+def with_prefix(row: Row, rng: np.random.Generator) -> Row:
+    """A packed window of which each document has a prefix; what is told begins behind it."""
+    prefix_L, segments_L = draw_prefix(row["segments"], rng), row["segments"]
+    next_in_prefix_L = np.append(prefix_L[1:] & (segments_L[1:] == segments_L[:-1]), False)
+    return row | {"prefix": prefix_L, "mask": row["mask"] & ~next_in_prefix_L}
+
+
+def denoised(tokens_N: np.ndarray, task: Task, specials: list[int], end_id: int, layout: Layout, rng: np.random.Generator
+             ) -> Row:
+    """A window of text for an objective that hides a part of it."""
+    kinds = denoisers(task)
+    choice = int(rng.integers(len(kinds) + 1)) if task.objective == "ul2" else 0
+    rest = task.objective == "prefix_lm" or choice == len(UL2_SPANS)
+    if len(tokens_N) < 2:  # the end of a stream
+        return pair(tokens_N, np.zeros(0, np.int32), layout)
+    if rest:
+        cut = prefix_of(len(tokens_N)) if task.objective == "ul2" else int(rng.integers(1, len(tokens_N)))
+        source, target = tokens_N[:cut], tokens_N[cut:]
+        target = np.append(target, end_id) if task.objective == "ul2" else target
+    else:
+        noise_N = draw_spans(len(tokens_N), *num_spans(len(tokens_N), *kinds[choice]), rng)
+        source, target = corrupt(tokens_N, noise_N, specials[3 if task.objective == "ul2" else 0:], end_id)
+    if task.objective == "ul2":
+        mode = 1 if rest else 0 if choice == 0 else 2
+        source = np.concatenate([[specials[mode]], source])
+    return pair(source, target, layout)
+
+
+def pair(source: np.ndarray, target: np.ndarray, layout: Layout) -> Row:
+    """Input and target, cut to fit, as a row. A target that is cut has no end; of an input its beginning stays."""
+    if layout.both:
+        decoder = np.concatenate([[layout.start_id], target])[:layout.length]
+        told = np.asarray(target[:layout.length], np.int32)
+        read = fill(source[:layout.source_length], layout.source_length)
+        return {f"source_{name}": array for name, array in read.items()} | fill(
+            decoder[:max(len(told), 1)], layout.length) | tell(told, 0, layout.length)
+    room = layout.length + 1
+    target = target[:room - 1]
+    source = source[:room - len(target)]
+    whole = np.concatenate([source, target]).astype(np.int32)
+    prefix_L = np.arange(layout.length) < len(source) - 1  # the last token of the input already tells the target's first
+    return fill(whole[:-1] if len(target) else whole[:layout.length], layout.length) | tell(
+        whole[len(source):], len(source) - 1, layout.length) | {"prefix": prefix_L}
+
+
+def fill(tokens_N: np.ndarray, length: int) -> Row:
+    """tokens, segments and positions of one segment, with padding behind it."""
+    real_L = np.arange(length) < len(tokens_N)
+    padded_L = np.zeros(length, np.int32)
+    padded_L[:len(tokens_N)] = tokens_N
+    return {"tokens": padded_L, "segments": real_L.astype(np.int32),
+            "positions": np.where(real_L, np.arange(length), 0).astype(np.int32)}
+
+
+def tell(told_N: np.ndarray, first: int, length: int) -> Row:
+    """targets and mask: what is to be told from a slot on."""
+    targets_L, mask_L = np.zeros(length, np.int32), np.zeros(length, bool)
+    targets_L[first:first + len(told_N)] = told_N
+    mask_L[first:first + len(told_N)] = True
+    return {"targets": targets_L, "mask": mask_L}
+
+
+def labelled(stream: TokenStream, task: Task, length: int, index: int, rng: np.random.Generator) -> Row:
+    """A text with its label. A text that is too long is cut; its last token stays, which may be a special one."""
+    del rng
+    tokens_N = np.asarray(stream.document(index), np.int32)
+    if len(tokens_N) > length:
+        tokens_N = np.append(tokens_N[:length - 1], tokens_N[-1])
+    return fill(tokens_N, length) | {"targets": stream.labels[index], "mask": np.bool_(True)}
+
+
+def _with_empty(count: int, make: Callable[[int, np.random.Generator], Row]) -> Rows:
+    """Rows that are zeros from `count` on."""
+    def row(index: int, rng: np.random.Generator) -> Row:
+        if index < count:
+            return make(index, rng)
+        return {name: np.zeros_like(array) for name, array in make(0, rng).items()}
+    return Rows(count, row)

@@ -1,0 +1,175 @@
+"""What is learned from data: the objective, and how records become inputs and targets. Every option of `config.data.task`.
+
+`python -m moejax.task` prints them.
+"""
+
+import dataclasses
+import string
+from functools import lru_cache
+
+from moejax.config import DataConfig, ModelConfig, build_group, check, key, table
+
+TEXT, PAIRS, LABELS = "text", "pairs", "labels"
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """What an objective needs.
+
+    Attributes:
+      kinds: of model that it is defined for.
+      data: running text, pairs of input and target text, or texts with labels.
+      rule: one line.
+    """
+
+    kinds: tuple[str, ...]
+    data: str
+    rule: str
+
+    @property
+    def head(self) -> str:
+        """The `config.model.head` that it trains."""
+        return "classes" if self.data == LABELS else "tokens"
+
+
+OBJECTIVES = {
+    "next_token": Objective(("decoder",), TEXT, "predict each token from those before"),
+    "masked_lm": Objective(("encoder",), TEXT, "tell the tokens that were masked (BERT 1810.04805)"),
+    "prefix_lm": Objective(("decoder", "encoder_decoder"), TEXT, "go on from a part that is seen in both directions (T5 "
+                           "1910.10683)"),
+    "span_corruption": Objective(("decoder", "encoder_decoder"), TEXT, "tell the spans that were cut out (T5 "
+                                 "1910.10683)"),
+    "ul2": Objective(("decoder", "encoder_decoder"), TEXT, "tell short spans, long spans or the rest, as a first token "
+                     "says (UL2 2205.05131)"),
+    "seq2seq": Objective(("decoder", "encoder_decoder"), PAIRS, "write the target of an input"),
+    "classification": Objective(("decoder", "encoder"), LABELS, "one label of several"),
+    "regression": Objective(("decoder", "encoder"), LABELS, "a number"),
+    "multi_label": Objective(("decoder", "encoder"), LABELS, "any of several labels, which a record lists"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """All options."""
+
+    objective: str = key("next_token", "what is learned; left out, next_token, masked_lm or seq2seq by config.model.kind, "
+                         "and classification with the head for it", choices=tuple(OBJECTIVES))
+    input: str = key("{text}", "pairs and labels: template of the input; names of fields in braces")
+    target: str = key("{target}", "pairs: template of the target")
+    label: str = key("label", "labels: field that holds the label")
+    labels: tuple[str, ...] | None = key(None, "labels: all that there are, in the order of the scores; None takes those "
+                                         "of the training records, sorted")
+    class_weights: tuple[float, ...] | None = key(None, "classification: weight of each label in the loss; None weighs "
+                                                  "all alike", low=0)
+    mask_rate: float = key(0.15, "masked_lm: share of the tokens that are to be told", low=0, high=1)
+    whole_words: bool = key(False, "masked_lm: choose words with all their tokens")
+    noise_density: float = key(0.15, "span_corruption: share of the tokens that is cut out", low=0.01, high=0.9)
+    mean_span: float = key(3.0, "span_corruption: mean tokens of a span", low=1)
+
+    @property
+    def data(self) -> str:
+        """Running text, pairs or labels."""
+        return OBJECTIVES[self.objective].data
+
+
+PLAIN = Task()
+
+
+def resolve(given: "Task | dict | None", model: ModelConfig) -> Task:
+    """Typed options, with the usual objective of such a model if none is given. Raises `UserError` on impossible ones."""
+    if isinstance(given, Task):
+        return given
+    where = "config.data.task"
+    by_kind = {"decoder": "next_token", "encoder": "masked_lm", "encoder_decoder": "seq2seq"}
+    usual = "classification" if model.head == "classes" else by_kind[model.kind]
+    task = build_group(Task, {"objective": usual, **(given or {})}, where)
+    for name in ("input", "target"):
+        fields_of(getattr(task, name), f"{where}.{name}")
+    check(not task.labels or len(set(task.labels)) == len(task.labels), f"{where}.labels={task.labels} names a label twice")
+    check(task.class_weights is None or (task.labels is not None and len(task.labels) == len(task.class_weights)),
+          f"{where}.class_weights needs as many {where}.labels, in the same order")
+    return task
+
+
+def fields_of(template: str, where: str) -> list[str]:
+    """The names of fields in a template. Raises `UserError` unless it is one."""
+    try:
+        parts = list(string.Formatter().parse(template))
+    except ValueError as error:
+        parts, reason = [], str(error)
+    else:
+        reason = "no field in braces"
+    names = [name for _, name, form, conversion in parts if name is not None]
+    plain = all(name and not form and not conversion for _, name, form, conversion in parts if name is not None)
+    reason = reason if not names else "only names may stand in braces"
+    check(bool(names) and plain, f"{where}={template!r} is not a template ({reason}); write fields as {{name}}, as in "
+          "'summarize: {text}'")
+    return names
+
+
+def denoisers(task: Task) -> tuple[tuple[float, float], ...]:
+    """(density, mean span) of each way in which spans are cut out."""
+    if task.objective == "ul2":
+        return UL2_SPANS
+    return ((task.noise_density, task.mean_span),) if task.objective == "span_corruption" else ()
+
+
+UL2_SPANS = ((0.15, 3.0), (0.5, 3.0), (0.5, 8.0), (0.15, 64.0))
+"""The first is UL2's R-denoiser, the others its X-denoisers. The S-denoiser is a prefix language model."""
+
+
+def num_spans(tokens: int, density: float, mean_span: float) -> tuple[int, int]:
+    """Tokens that are cut out, and in how many spans, of at least 2 tokens; as T5 rounds them."""
+    noise = min(max(round(tokens * density), 1), tokens - 1)
+    return noise, min(max(round(noise / mean_span), 1), noise, tokens - noise)
+
+
+@lru_cache
+def text_window(task: Task, both: bool, length: int, source_length: int) -> int:
+    """The most tokens of text from which an objective can make a row that fits; fewer than 2 if none does.
+
+    Args:
+      task: its objective cuts spans out.
+      both: whether an encoder reads the input, and a decoder the target, or a decoder both, one behind the other.
+      length: slots of the decoder.
+      source_length: slots of the encoder.
+    """
+    mode = int(task.objective == "ul2")
+
+    def fits(tokens: int) -> bool:
+        rows = [(tokens - noise + spans + mode, noise + spans + 1)
+                for noise, spans in (num_spans(tokens, *how) for how in denoisers(task))]
+        if mode:
+            rows.append((prefix_of(tokens) + mode, tokens - prefix_of(tokens) + 1))
+        return all((source <= source_length and target <= length) if both else source + target - 1 <= length
+                   for source, target in rows)
+
+    return next((tokens for tokens in range(length + source_length, 1, -1) if fits(tokens)), 0)
+
+
+def window_of(data: DataConfig, model_kind: str) -> int:
+    """Tokens of text from which an objective makes a row. Raises `UserError` if rows are too short for any."""
+    task, both = data.task, model_kind == "encoder_decoder"
+    if not denoisers(task):
+        return min(data.length, data.source_length or data.length) if both else data.length
+    window = text_window(task, both, data.length, data.source_length or data.length)
+    check(window >= 2, f"config.data.length={data.length} with config.data.source_length={data.source_length} is too short "
+          f"for config.data.task.objective={task.objective}; raise them")
+    return window
+
+
+def prefix_of(tokens: int) -> int:
+    """The part of a text that UL2's S-denoiser shows: three quarters."""
+    return max(tokens * 3 // 4, 1)
+
+
+def reserved_ids(task: Task, tokens: int) -> int:
+    """Ids that an objective needs beside those of the text, of which it reads so many: a mask; or modes and sentinels."""
+    if task.objective == "masked_lm":
+        return 1
+    spans = max((num_spans(tokens, *how)[1] for how in denoisers(task)), default=0)
+    return spans + 3 * (task.objective == "ul2")
+
+
+if __name__ == "__main__":
+    print(table(Task, "config.data.task."))

@@ -1,0 +1,105 @@
+"""Records to examples; and what a bad record is told."""
+
+import json
+
+import pytest
+
+from moejax.config import UserError, build
+from moejax.data.examples import Reader
+from moejax.data.prepare import prepare
+from moejax.task import resolve
+
+
+def quiet(line):
+    del line
+
+
+def reader(task, **data):
+    config = build({"data": {"task": task, **data}})
+    data = type(config.data)(**{**vars(config.data), "task": resolve(config.data.task, config.model)})
+    return Reader(type(config)(**{**vars(config), "data": data}))
+
+
+def write(path, lines):
+    path.write_bytes(b"\n".join(line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines))
+    return str(path)
+
+
+def test_templates_and_labels(tmp_path):
+    path = write(tmp_path / "a.jsonl", [{"en": "a", "de": "b", "n": 3, "l": True, "m": ["x", "y", "x"]}])
+    example, = reader({"objective": "seq2seq", "input": "to German: {en} ({n})", "target": "{de}"}).read(path)
+    assert (example.text, example.target, example.label) == ("to German: a (3)", "b", None)
+    for objective, label, wanted in (("classification", "l", "True"), ("classification", "n", "3"),
+                                     ("regression", "n", 3.0), ("multi_label", "m", ("x", "y"))):
+        example, = reader({"objective": objective, "input": "{en}", "label": label}).read(path)
+        assert (example.text, example.label) == ("a", wanted)
+
+
+@pytest.mark.parametrize("suffix, delimiter", [(".csv", ","), (".tsv", "\t")])
+def test_tables(tmp_path, suffix, delimiter):
+    (tmp_path / f"a{suffix}").write_bytes(f"text{delimiter}label\r\na b{delimiter}x\r\nc\r\nd{delimiter}y\r\n".encode())
+    path = str(tmp_path / f"a{suffix}")
+    with pytest.raises(UserError, match=r"line 3: has not the 2 fields"):
+        list(reader({"objective": "classification"}).read(path))
+    lenient = reader({"objective": "classification"}, on_bad_record="skip")
+    assert [(e.text, e.label) for e in lenient.read(path)] == [("a b", "x"), ("d", "y")]
+    assert len(lenient.left_out) == 1
+
+
+GOOD = {"text": "a", "target": "b", "label": "x"}
+
+
+@pytest.mark.parametrize("bad, task, words", [
+    ({"target": "b"}, {"objective": "seq2seq"}, "no field 'text'; set config.data.task.input to one of target"),
+    ({"text": "a"}, {"objective": "seq2seq"}, "no field 'target'; set config.data.task.target to one of text"),
+    ({"text": " ", "target": "b"}, {"objective": "seq2seq"}, "field 'text' is empty"),
+    ({"text": "a", "target": ""}, {"objective": "seq2seq"}, "field 'target' is empty"),
+    ({"text": ["a"], "target": "b"}, {"objective": "seq2seq"}, "field 'text' holds no string"),
+    ({"text": "a"}, {"objective": "classification"}, "no field 'label'; set config.data.task.label to one of text"),
+    ({"text": "a", "label": None}, {"objective": "classification"}, "holds None, which is no label"),
+    ({"text": "a", "label": "z"}, {"objective": "classification", "labels": ["x", "y"]}, "label 'z' is none of"),
+    ({"text": "a", "label": "z"}, {"objective": "multi_label"}, "holds 'z', which is no list of labels"),
+    ({"text": "a", "label": "z"}, {"objective": "regression"}, "holds 'z', which is no number"),
+    ({"text": "a", "label": float("nan")}, {"objective": "regression"}, "holds nan, which is no number"),
+    (b'{"text": "\xff"}', {"objective": "seq2seq"}, "not UTF-8 at byte 10"),
+    (b'{"text": ', {"objective": "seq2seq"}, "not JSON"),
+    (b"[1]", {"objective": "seq2seq"}, "no field 'text'"),
+])
+def test_bad_records_are_named_or_left_out(tmp_path, bad, task, words):
+    good = GOOD | ({"label": 1} if task["objective"] == "regression" else {"label": ["x"]} if task[
+        "objective"] == "multi_label" else {})
+    path = write(tmp_path / "a.jsonl", [good, bad, good])
+    with pytest.raises(UserError, match="a.jsonl, line 2: .*" + words.replace("[", r"\[")):
+        list(reader(task).read(path))
+    lenient = reader(task, on_bad_record="skip")
+    assert len(list(lenient.read(path))) == 2 and words in lenient.left_out[0]
+    with pytest.raises(UserError, match="holds no example"):
+        list(reader(task, on_bad_record="skip").read(write(tmp_path / "b.jsonl", [bad])))
+
+
+def test_labels_of_a_prepared_folder(tmp_path):
+    path = write(tmp_path / "a.jsonl", [{"text": f"text {i}", "label": "odd" if i % 2 else "even"} for i in range(60)])
+    tree = {"model": {"kind": "encoder", "head": "classes", "vocab_size": 300},
+            "data": {"source": path, "tokenizer": "bytes", "eval_fraction": 0.3, "task": {"objective": "classification"}}}
+    prepared = prepare(build(tree), tmp_path / "data", quiet)
+    assert prepared.labels == ("even", "odd")
+    for split in (prepared.train, prepared.eval):
+        for i, label in enumerate(split.labels):
+            text = prepared.tokenizer.decode(split.document(i))
+            assert label == int(text.split()[1]) % 2
+    tree["model"]["classes"] = 3
+    with pytest.raises(UserError, match=r"there are 2 labels \(even, odd\); set config.model.classes=2, not 3"):
+        prepare(build(tree), tmp_path / "other", quiet)
+
+
+def test_targets_of_a_prepared_folder(tmp_path):
+    path = write(tmp_path / "a.jsonl", [{"text": f"text {i}", "target": f"{i * i}"} for i in range(60)])
+    prepared = prepare(build({"model": {"vocab_size": 300}, "data": {
+        "source": path, "tokenizer": "bytes", "eval_fraction": 0.3, "task": {"objective": "seq2seq"}}}),
+        tmp_path / "data", quiet)
+    for split in (prepared.train, prepared.eval):
+        assert split.documents == len(split.target.starts)
+        for i in range(split.documents):
+            number = int(prepared.tokenizer.decode(split.document(i)).split()[1])
+            target = split.target.document(i)
+            assert prepared.tokenizer.decode(target) == str(number**2) and target[-1] == prepared.tokenizer.separator_id

@@ -1,0 +1,98 @@
+"""Every objective with every kind of model that it is defined for: two steps, in which routers and experts learn."""
+
+import itertools
+
+import jax
+import numpy as np
+import optax
+import pytest
+from tiny import tiny_config, tiny_model
+
+from moejax.data.prepare import TokenStream
+from moejax.data.rows import make_rows
+from moejax.data.tokenizers import ByteTokenizer
+from moejax.task import LABELS, OBJECTIVES, PAIRS
+from moejax.train.setup import make_functions
+from moejax.train.state import TrainState
+from moejax.train.step import gradients
+
+LEARNED = ("topk", "expert_choice", "soft_moe")
+ROUTERS = (*LEARNED, "hash")
+FAST = {("masked_lm", "encoder", "expert_choice"), ("prefix_lm", "decoder", "topk"), ("ul2", "decoder", "topk"),
+        ("span_corruption", "encoder_decoder", "hash"), ("seq2seq", "encoder_decoder", "topk"),
+        ("classification", "encoder", "soft_moe"), ("regression", "decoder", "topk"), ("multi_label", "encoder", "hash")}
+CASES = [pytest.param(name, kind, router, marks=[] if (name, kind, router) in FAST else pytest.mark.slow)
+         for name, objective in OBJECTIVES.items() for kind, router in itertools.product(objective.kinds, ROUTERS)]
+CLASSES = {"regression": 1, "multi_label": 3}
+
+
+def case(name, kind, router):
+    """A config and two batches of 8 rows."""
+    config = tiny_config(
+        model__kind=kind, model__head=OBJECTIVES[name].head, model__classes=CLASSES.get(name, 3), model__vocab_size=300,
+        model__layers=2, model__max_length=40, moe__router=router, moe__first_dense=0, moe__every=2, moe__num_experts=4,
+        moe__allow_noncausal_routing=True, data__length=20, data__source_length=24 if kind == "encoder_decoder" else None,
+        data__task={"objective": name})
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 256, 16 * 30).astype(np.uint16)
+    starts = np.arange(0, len(tokens), 30)
+    tokens[starts] = 256
+    more = {}
+    if OBJECTIVES[name].data == LABELS:
+        more["labels"] = {"classification": rng.integers(0, 3, 16).astype(np.int32),
+                          "regression": rng.normal(size=16).astype(np.float32),
+                          "multi_label": (rng.random((16, 3)) < 0.5).astype(np.float32)}[name]
+    if OBJECTIVES[name].data == PAIRS:
+        more["target"] = TokenStream(rng.integers(0, 256, 16 * 9).astype(np.uint16), np.arange(0, 16 * 9, 9), 1, 16)
+    rows = make_rows(TokenStream(tokens, starts, len(tokens), 16, **more), ByteTokenizer(), config)
+    made = [rows.make(i, np.random.default_rng(i)) for i in range(16)]
+    return config, [{key: np.stack([row[key] for row in part]) for key in part[0]} for part in (made[:8], made[8:])]
+
+
+@pytest.mark.parametrize("name, kind, router", CASES)
+def test_two_steps(name, kind, router):
+    config, batches = case(name, kind, router)
+    model, params, router_state = tiny_model(config)
+    functions, optimizer = make_functions(config, model), optax.adam(1e-2)
+
+    @jax.jit
+    def step(state, batch):
+        grads, means, _ = gradients(functions, state, batch, 1)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        return state.replace(step=state.step + 1, params=optax.apply_updates(state.params, updates),
+                             opt_state=opt_state), grads, means
+
+    state = TrainState(np.int32(0), params, jax.jit(optimizer.init)(params), router_state, jax.random.key(0))
+    for batch in batches:
+        state, grads, means = step(state, batch)
+        assert np.isfinite(float(means["loss"])) and float(means["loss"]) > 0
+        flat = {jax.tree_util.keystr(path): np.abs(np.asarray(leaf)) for path, leaf in
+                jax.tree_util.tree_leaves_with_path(grads)}
+        assert all(np.isfinite(leaf).all() for leaf in flat.values())
+        routers = [leaf.max() for path, leaf in flat.items() if "router" in path]
+        experts = [leaf.max() for path, leaf in flat.items() if "'moe'" in path and "w_in" in path]
+        assert min(experts) > 0 and bool(routers) == (router in LEARNED) and min(routers, default=1) > 0
+        still = {path for path, leaf in flat.items() if leaf.max() == 0}
+        assert not still, still
+
+
+@pytest.mark.parametrize("name, kind", [("masked_lm", "encoder"), ("seq2seq", "encoder_decoder"),
+                                        ("classification", "encoder"), ("prefix_lm", "decoder")])
+def test_padding_rows_and_batch_mates_change_nothing(name, kind):
+    """The sums of a batch are those of its rows alone, and a row of zeros adds nothing."""
+    config, (batch, _) = case(name, kind, "topk")
+    model, params, router_state = tiny_model(config)
+    functions = make_functions(config, model)
+
+    @jax.jit
+    def sums(batch):
+        x, _ = functions.forward(params, router_state, batch)
+        return functions.objective(params, x, batch["targets"], batch["mask"])[1]
+
+    def part(rows, zeros):
+        return {key: np.concatenate([a[rows], np.zeros((zeros, *a.shape[1:]), a.dtype)]) for key, a in batch.items()}
+
+    whole = sums(batch)
+    parts = [sums(part(slice(0, 5), 3)), sums(part(slice(5, 8), 5))]
+    for key, value in whole.items():
+        np.testing.assert_allclose(float(parts[0][key]) + float(parts[1][key]), float(value), rtol=2e-5)
