@@ -80,8 +80,9 @@ class Architecture:
     residual_multiplier: float = key(1.0, "factor on what a layer adds to the stream (Granite)")
     logit_multiplier: float = key(1.0, "factor on the logits")
     head_bias: bool = key(False, "a bias of the output head (PhiMoE)")
-    pool: str = key("first", "heads `classes` and `none`: what stands for a row, its first or last token or their mean",
-                    choices=("first", "last", "mean"))
+    pool: str | None = key(None, "heads `classes` and `none`: what stands for a row, its first or last token or their "
+                           "mean; None is the first of an encoder, the last of a decoder",
+                           choices=("first", "last", "mean"))
     start_token: int = key(0, "encoder_decoder: the token with which the decoder begins", low=0)
     encoder_sparse_blocks: tuple[int, ...] | None = key(None, "encoder_decoder: numbers of the encoder's sparse blocks, "
                                                         "from 0; None goes by the keys of config.moe", low=0)

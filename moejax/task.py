@@ -86,6 +86,8 @@ def resolve(given: "Task | dict | None", model: ModelConfig) -> Task:
     for name in ("input", "target"):
         fields_of(getattr(task, name), f"{where}.{name}")
     check(not task.labels or len(set(task.labels)) == len(task.labels), f"{where}.labels={task.labels} names a label twice")
+    check(task.class_weights is None or task.objective == "classification", f"{where}.class_weights has no effect on "
+          f"{task.objective}; leave it out")
     check(task.class_weights is None or (task.labels is not None and len(task.labels) == len(task.class_weights)),
           f"{where}.class_weights needs as many {where}.labels, in the same order")
     return task

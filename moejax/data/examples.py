@@ -1,8 +1,11 @@
 """Records to examples: a text, and for some objectives its target text or its label."""
 
+import math
 import string
 from collections.abc import Iterator
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from moejax.config import Config, UserError, check
 from moejax.data import sources
@@ -16,13 +19,11 @@ class Example(NamedTuple):
       text: what the model reads.
       target: what it is to write; None without.
       label: a name, a number, or several names; None without.
-      where: its place, for people.
     """
 
     text: str
     target: str | None = None
     label: Any = None
-    where: str = ""
 
 
 class Reader:
@@ -63,11 +64,11 @@ class Reader:
         if task.data == TEXT:
             text = sources.field(record, sources.WHOLE_FILE if record.whole else self.text_key, "config.data.text_key")
             check(bool(text.strip()), f"{record.where}: the text is empty")
-            return Example(text, where=record.where)
+            return Example(text)
         text = fill(record, task.input, f"{key}.input")
         if task.data == PAIRS:
-            return Example(text, fill(record, task.target, f"{key}.target"), where=record.where)
-        return Example(text, label=read_label(record, task), where=record.where)
+            return Example(text, fill(record, task.target, f"{key}.target"))
+        return Example(text, label=read_label(record, task))
 
 
 def fill(record: sources.Record, template: str, key: str) -> str:
@@ -76,13 +77,14 @@ def fill(record: sources.Record, template: str, key: str) -> str:
     empty = [name for name, value in values.items() if not value.strip()]
     check(not empty, f"{record.where}: field {empty and empty[0]!r} is empty; leave the record out, or set "
           "config.data.on_bad_record=skip")
-    return string.Formatter().vformat(template, (), values)
+    return "".join(plain + (values[name] if name is not None else "")
+                   for plain, name, _, _ in string.Formatter().parse(template))
 
 
 def text_of(record: sources.Record, name: str, key: str) -> str:
     """A field as text; numbers are written out."""
     value = record.fields.get(name)
-    value = value.item() if hasattr(value, "item") else value
+    value = value.item() if isinstance(value, np.generic) else value
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return str(value)
     return sources.field(record, name, key)
@@ -105,9 +107,10 @@ def read_label(record: sources.Record, task: Task) -> Any:
     if task.objective == "regression":
         try:
             number = float(value)
-        except (TypeError, ValueError):
-            number = float("nan")
-        check(number - number == 0, f"{record.where}: field {task.label!r} holds {value!r}, which is no number")
+        except (TypeError, ValueError, OverflowError):
+            number = math.nan
+        check(abs(number) <= float(np.finfo(np.float32).max), f"{record.where}: field {task.label!r} holds {value!r}, which is no "
+              "number (float32)")
         return number
     several = task.objective == "multi_label"
     fitting = isinstance(value, (list, tuple)) if several else not isinstance(value, (list, tuple, dict, type(None)))

@@ -5,7 +5,8 @@ rows of the whole global batch and makes only the rows that its devices hold, so
 position (the number of batches taken) depend on how many processes there are.
 """
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 
 import grain
 import numpy as np
@@ -34,7 +35,8 @@ def train_loader(rows: Rows, config: Config, own: np.ndarray | slice = slice(Non
     if data.shuffle:
         numbers = numbers.seed(config.seed).shuffle()  # `repeat` draws a new order for each epoch
     batches = numbers.repeat().batch(data.batch_size).map_with_index(
-        lambda batch, indices_B: _batch(rows, indices_B, own, (config.seed, TRAINING, batch)))
+        lambda batch, numbers_B: _batch(rows, numbers_B[own], lambda place, row: (config.seed, TRAINING, batch, place),
+                                        np.arange(len(numbers_B))[own].tolist()))
     # Making rows takes well under a millisecond, so a thread would cost more than it hides.
     return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
 
@@ -49,8 +51,8 @@ def eval_batches(rows: Rows, config: Config, own: np.ndarray | slice = slice(Non
     batches = -(-rows.count // size)
     if config.train.eval_batches is not None:
         batches = min(batches, config.train.eval_batches)
-    return (_batch(rows, np.arange(number * size, (number + 1) * size), own, (config.seed, EVALUATION, number))
-            for number in range(batches))
+    return (_batch(rows, np.arange(number * size, (number + 1) * size)[own],
+                   lambda place, row: (config.seed, EVALUATION, row)) for number in range(batches))
 
 
 def eval_size(config: Config) -> int:
@@ -62,7 +64,9 @@ TRAINING, EVALUATION = 0, 1
 """Parts of the seed of a row's draws."""
 
 
-def _batch(rows: Rows, indices_B: np.ndarray, own: np.ndarray | slice, seed: tuple[int, ...]) -> dict[str, np.ndarray]:
-    made = [rows.make(index, np.random.default_rng((*seed, place)))
-            for place, index in zip(np.arange(len(indices_B))[own].tolist(), indices_B[own].tolist())]
+def _batch(rows: Rows, numbers_b: np.ndarray, seed: Callable[[int, int], tuple[int, ...]], places_b: Iterable[int] = ()
+           ) -> dict[str, np.ndarray]:
+    """Rows of these numbers; `seed` of a row's draws from its place in the global batch and its number."""
+    made = [rows.make(row, np.random.default_rng(seed(place, row)))
+            for place, row in itertools.zip_longest(places_b, numbers_b.tolist(), fillvalue=0)]
     return {key: np.stack([row[key] for row in made]) for key in made[0]}

@@ -2,8 +2,9 @@
 
 A prepared folder holds
 
-    train.npy, eval.npy                 uint16 or uint32 [N]: every document as [separator] + tokens, one after another
-    train_starts.npy, eval_starts.npy   int64 [documents]: where each document's separator lies
+    train.npy, eval.npy                 uint16 or uint32 [N]: every document as [separator] + tokens, or as the tokenizer
+                                        frames a single text if there are targets or labels, one after another
+    train_starts.npy, eval_starts.npy   int64 [documents]: where each document begins
     train_target.npy ...                pairs: the same four files of the targets, each with its end
     train_labels.npy, eval_labels.npy   labels: int32 or float32 [documents], or float32 0 and 1 [documents, labels]
     eval.utf8                           the held-out text, joined
@@ -32,6 +33,7 @@ import numpy as np
 from moejax.config import Config, check
 from moejax.data import sources
 from moejax.data.examples import Example, Reader
+from moejax.data.specials import special_ids
 from moejax.data.tokenizers import Tokenizer, load_tokenizer, make_tokenizer, tokenizer_files
 from moejax.task import LABELS, PAIRS, TEXT, Task, reserved_ids, resolve, window_of
 
@@ -128,8 +130,11 @@ def _build(config: Config, folder: Path, say: Callable[[str], None], fingerprint
     begin, task = time.monotonic(), config.data.task
     training = (text for split, example in _split(config, Reader(config)) if split == "train"
                 for text in (example.text, example.target) if text is not None)
-    reserved = reserved_ids(task, window_of(config.data, config.model.kind))
-    tokenizer = make_tokenizer(config.data.tokenizer, config.model.vocab_size - reserved, training, folder)
+    window, vocab_size = window_of(config.data, config.model.kind), config.model.vocab_size
+    trained = config.data.tokenizer == "sentencepiece"  # which leaves room for the ids that others may have
+    tokenizer = make_tokenizer(config.data.tokenizer, vocab_size - (reserved_ids(task, window) if trained else 0), training,
+                               folder)
+    special_ids(tokenizer, task, window, vocab_size)  # which raises if there is no room
     say(f"data: tokenizer {config.data.tokenizer} with {tokenizer.vocab_size:,} ids, {time.monotonic() - begin:.1f} s")
     reader = Reader(config)
     lengths, labels, text_bytes, content = _tokenise(config, tokenizer, reader, folder, say)
@@ -195,7 +200,7 @@ def load_prepared(folder: Path) -> Prepared:
     check(bool(summary), f"{folder} holds no prepared data (summary.json); train with this workdir first")
     try:
         streams = [_load_stream(folder, split, summary[split]) for split in SPLITS]
-        content, labels = summary["content"], tuple(summary["labels"])
+        content, labels = summary["content"], tuple(summary.get("labels", ()))
     except (OSError, EOFError, ValueError, KeyError, TypeError):
         streams = []
     check(bool(streams), f"{folder}: the prepared data is damaged; delete the folder and start again")
@@ -213,7 +218,7 @@ def _load_stream(folder: Path, split: str, counts: dict[str, int]) -> TokenStrea
 
     labels = folder / f"{split}_labels.npy"
     return load(split, counts["tokens"], labels=np.load(labels) if labels.exists() else None,
-                target=load(f"{split}_target", counts["target_tokens"]) if counts["target_tokens"] else None)
+                target=load(f"{split}_target", counts["target_tokens"]) if counts.get("target_tokens") else None)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -235,7 +240,8 @@ def _fingerprint(config: Config) -> str:
     data = {key: getattr(config.data, key) for key in KEYS} | {"task": dataclasses.asdict(config.data.task)}
     named = [name for name in (config.data.source, config.data.eval_source) if name is not None]
     found = [sources.identity(name) for name in [*named, *map(str, tokenizer_files(config.data.tokenizer))]]
-    parts = [FORMAT, data, config.model.vocab_size, config.model.kind, config.seed, found, reserved_ids(
+    classes = config.model.classes if config.data.task.data == LABELS else None
+    parts = [FORMAT, data, config.model.vocab_size, config.model.kind, classes, config.seed, found, reserved_ids(
         config.data.task, window_of(config.data, config.model.kind))]
     return hashlib.md5(json.dumps(parts).encode(), usedforsecurity=False).hexdigest()
 

@@ -10,11 +10,12 @@ import numpy as np
 from moejax.config import Config, check
 from moejax.data.packing import num_windows, pack
 from moejax.data.prepare import TokenStream
+from moejax.data.specials import special_ids
 from moejax.data.tokenizers import Tokenizer
 from moejax.objectives.masked_lm import mask_tokens
 from moejax.objectives.prefix_lm import draw_prefix
 from moejax.objectives.span_corruption import corrupt, draw_spans
-from moejax.task import LABELS, PAIRS, UL2_SPANS, Task, denoisers, num_spans, prefix_of, reserved_ids, resolve, window_of
+from moejax.task import LABELS, PAIRS, UL2_SPANS, Task, denoisers, num_spans, prefix_of, resolve, window_of
 
 Row = dict[str, np.ndarray]
 
@@ -54,7 +55,7 @@ def make_rows(stream: TokenStream, tokenizer: Tokenizer, config: Config) -> Rows
     design, both = config.model.architecture, config.model.kind == "encoder_decoder"
     layout = Layout(both, data.length, data.source_length or data.length, getattr(design, "start_token", 0))
     if task.data == LABELS:
-        return _with_empty(stream.documents, partial(labelled, stream, task, data.length))
+        return _with_empty(stream.documents, lambda index, rng: labelled(stream, data.length, index))
     if task.data == PAIRS:
         return _with_empty(stream.documents, lambda index, rng: pair(
             stream.document(index), stream.target.document(index), layout))
@@ -77,29 +78,6 @@ def make_rows(stream: TokenStream, tokenizer: Tokenizer, config: Config) -> Rows
     return Rows(count, lambda index, rng: masked(packed(index), starts_V, separator, mask_id, task.mask_rate, rng))
 
 
-def special_ids(tokenizer: Tokenizer, task: Task, window: int, vocab_size: int) -> list[int]:
-    """The ids that an objective needs: the tokenizer's own if it has them, else those behind its last.
-
-    Raises:
-      UserError: the model has no room for them.
-    """
-    count = reserved_ids(task, window)
-    if task.objective == "masked_lm":
-        named = next((token for token in tokenizer.named(("[MASK]", "<mask>")) if token is not None), None)
-        if named is not None:
-            return [named]
-    elif count:
-        modes = 3 if task.objective == "ul2" else 0
-        sentinels = (f"<extra_id_{i}>" for i in range(count - modes))
-        named = tokenizer.named([*("[NLU]", "[S2S]", "[NLG]")[:modes], *sentinels])
-        if None not in named:
-            return named
-    last = tokenizer.vocab_size
-    check(last + count <= vocab_size, f"config.data.task.objective={task.objective} needs {count} ids beside the {last} of "
-          f"the tokenizer; set config.model.vocab_size={last + count} or more")
-    return list(range(last, last + count))
-
-
 def masked(row: Row, starts_V: np.ndarray, separator_id: int, mask_id: int, rate: float, rng: np.random.Generator) -> Row:
     """A packed window for an encoder that is to tell the hidden tokens. Separators are never hidden."""
     tokens_L = row["tokens"]
@@ -119,12 +97,17 @@ def with_prefix(row: Row, rng: np.random.Generator) -> Row:
 
 def denoised(tokens_N: np.ndarray, task: Task, specials: list[int], end_id: int, layout: Layout, rng: np.random.Generator
              ) -> Row:
-    """A window of text for an objective that hides a part of it."""
+    """A window of text for an objective that hides a part of it.
+
+    Where spans are cut out documents follow each other without the separators between them, since these end targets.
+    """
     kinds = denoisers(task)
     choice = int(rng.integers(len(kinds) + 1)) if task.objective == "ul2" else 0
     rest = task.objective == "prefix_lm" or choice == len(UL2_SPANS)
-    if len(tokens_N) < 2:  # the end of a stream
-        return pair(tokens_N, np.zeros(0, np.int32), layout)
+    if not rest:
+        tokens_N = tokens_N[tokens_N != end_id]
+    if len(tokens_N) < 2:
+        return pair(tokens_N if len(tokens_N) else np.array([end_id]), np.zeros(0, np.int32), layout)
     if rest:
         cut = prefix_of(len(tokens_N)) if task.objective == "ul2" else int(rng.integers(1, len(tokens_N)))
         source, target = tokens_N[:cut], tokens_N[cut:]
@@ -139,20 +122,29 @@ def denoised(tokens_N: np.ndarray, task: Task, specials: list[int], end_id: int,
 
 
 def pair(source: np.ndarray, target: np.ndarray, layout: Layout) -> Row:
-    """Input and target, cut to fit, as a row. A target that is cut has no end; of an input its beginning stays."""
+    """Input and target, cut to fit, as a row.
+
+    A target that is cut has no end. Of an input the beginning and the last token stay, which may be a special one. Where a
+    decoder reads both, a long target has at least half of the row, and the input the rest.
+    """
     if layout.both:
         decoder = np.concatenate([[layout.start_id], target])[:layout.length]
         told = np.asarray(target[:layout.length], np.int32)
-        read = fill(source[:layout.source_length], layout.source_length)
+        read = fill(shorten(source, layout.source_length), layout.source_length)
         return {f"source_{name}": array for name, array in read.items()} | fill(
             decoder[:max(len(told), 1)], layout.length) | tell(told, 0, layout.length)
     room = layout.length + 1
-    target = target[:room - 1]
-    source = source[:room - len(target)]
+    target = target[:max(room - len(source), room // 2)]
+    source = shorten(source, room - len(target))
     whole = np.concatenate([source, target]).astype(np.int32)
     prefix_L = np.arange(layout.length) < len(source) - 1  # the last token of the input already tells the target's first
     return fill(whole[:-1] if len(target) else whole[:layout.length], layout.length) | tell(
         whole[len(source):], len(source) - 1, layout.length) | {"prefix": prefix_L}
+
+
+def shorten(tokens_N: np.ndarray, length: int) -> np.ndarray:
+    """At most so many tokens: the first ones and the last."""
+    return tokens_N if len(tokens_N) <= length else np.append(tokens_N[:length - 1], tokens_N[-1])
 
 
 def fill(tokens_N: np.ndarray, length: int) -> Row:
@@ -172,13 +164,10 @@ def tell(told_N: np.ndarray, first: int, length: int) -> Row:
     return {"targets": targets_L, "mask": mask_L}
 
 
-def labelled(stream: TokenStream, task: Task, length: int, index: int, rng: np.random.Generator) -> Row:
+def labelled(stream: TokenStream, length: int, index: int) -> Row:
     """A text with its label. A text that is too long is cut; its last token stays, which may be a special one."""
-    del rng
     tokens_N = np.asarray(stream.document(index), np.int32)
-    if len(tokens_N) > length:
-        tokens_N = np.append(tokens_N[:length - 1], tokens_N[-1])
-    return fill(tokens_N, length) | {"targets": stream.labels[index], "mask": np.bool_(True)}
+    return fill(shorten(tokens_N, length), length) | {"targets": stream.labels[index], "mask": np.bool_(True)}
 
 
 def _with_empty(count: int, make: Callable[[int, np.random.Generator], Row]) -> Rows:

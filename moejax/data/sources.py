@@ -17,6 +17,7 @@ import importlib
 import importlib.util
 import json
 import os
+import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -25,6 +26,8 @@ from typing import Any, NamedTuple
 from moejax.config import UserError, check
 
 CHUNK_BYTES = 1 << 20
+LONE = re.compile("[\ud800-\udfff]")
+"""Half of a surrogate pair, which is no text; Python also decodes bytes that are not UTF-8 to these, if it is to go on."""
 WHOLE_FILE = "text"
 """The field of the only record of a file that is not made of records."""
 TFDS_RECORDS = 1000
@@ -84,7 +87,7 @@ def field(record: Record, name: str, key: str) -> str:
     if isinstance(text, bytes):
         text = _decode(text, record.where)
     check(isinstance(text, str), f"{record.where}: field {name!r} holds no string; set {key}")
-    check(text.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in text),
+    check(text.isascii() or not LONE.search(text),
           f"{record.where}: half of a surrogate pair is no text; repair the \\ud... escape in field {name!r}")
     return text
 
@@ -143,15 +146,22 @@ def _from_files(paths: Iterable[Path]) -> Iterator[Record]:
 
 def _from_table(path: Path, delimiter: str) -> Iterator[Record]:
     """The rows of a file whose first row names the fields. A tab-separated file has no quotes."""
-    lines = (_decode(line, f"{path}, line {number}") for number, line in enumerate(_lines(_chunks(path)), 1))
-    quoting = csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE
-    rows = csv.DictReader((line.removeprefix("\ufeff").rstrip("\r") + "\n" for line in lines), delimiter=delimiter,
-                          quoting=quoting, restkey="")
-    for row in rows:
-        where = f"{path}, line {rows.line_num}"
-        whole = "" not in row and None not in row.values()
-        yield Record(where, row if whole else {}, None if whole else f"has not the {len(rows.fieldnames)} fields of the "
-                     "first line; repair it")
+    csv.field_size_limit(1 << 30)
+    lines = (line.decode("utf-8", "surrogateescape").rstrip("\r") + "\n" for line in _lines(_chunks(path)))
+    rows = csv.reader(lines, delimiter=delimiter, quoting=csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE)
+    names: list[str] | None = None
+    try:
+        for row in rows:
+            where = f"{path}, line {rows.line_num}"
+            if names is None:
+                names = [name.removeprefix("\ufeff") for name in row]
+            elif row:
+                encoded = all(field.isascii() or not LONE.search(field) for field in row)
+                problem = ("not UTF-8; convert the file to UTF-8" if not encoded else None if len(row) == len(names) else
+                           f"has {len(row)} fields, not the {len(names)} of the first line; repair it")
+                yield Record(where, {} if problem else dict(zip(names, row)), problem)
+    except csv.Error as error:
+        raise UserError(f"{path}, line {rows.line_num}: {error}; repair the line") from error
 
 
 def _chunks(path: Path) -> Iterator[bytes]:

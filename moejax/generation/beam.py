@@ -108,7 +108,8 @@ def _search(model: Transformer, params: Mapping[str, Any], source: Source | None
     def go_on(now: Beam) -> Array:
         # A text that goes on gains nothing in log-probability, so its score can at best be this one's.
         best_B = jnp.max(now.live_score_BM, axis=1) / jnp.maximum(limit, 1).astype(jnp.float32)**penalty
-        return (now.step < limit) & jnp.any(best_B > jnp.min(now.done_score_BM, axis=1))
+        better_B = mask_BL[:, -1] & (best_B > jnp.max(now.done_score_BM, axis=1))
+        return (now.step < limit) & jnp.any(better_B)
 
     def take_step(now: Beam) -> Beam:
         last_BM = jnp.where(now.step == 0, tokens_BL[:, -1:], now.live_BMN[:, :, jnp.maximum(now.step - 1, 0)])

@@ -58,7 +58,7 @@ def begin(model: Transformer, tokens: Any, mask: Any, max_new_tokens: int, stop_
         started = [[model.model.architecture.start_token]] * len(tokens_BL) if decoder_tokens is None else decoder_tokens
         tokens_BL, mask_BL = prompts.read(started, None, vocab_size)
         check(len(tokens_BL) == len(said), f"there are {len(said)} rows of tokens, but {len(tokens_BL)} of decoder_tokens")
-        said = [np.concatenate([row, first]) for row, first in zip(said, tokens_BL)]
+        said = [np.concatenate([row, first[real]]) for row, first, real in zip(said, tokens_BL, mask_BL)]
     else:
         check(decoder_tokens is None, "decoder_tokens are for models with an encoder and a decoder; put them into tokens")
     lengths_B = mask_BL.sum(axis=1)

@@ -31,7 +31,7 @@ class Pooled(nn.Module):
     def __call__(self, x_BLD: Array, real_BL: Array) -> tuple[Array, Array | None]:
         """Returns [B, D] and, if the head is `classes`, their scores, float32 [B, C]."""
         model, width = self.model, x_BLD.shape[-1]
-        x_BD = pool(x_BLD, real_BL, model.architecture.pool)
+        x_BD = pool(x_BLD, real_BL, model.architecture.pool or ("last" if model.kind == "decoder" else "first"))
 
         def dense(name: str, bias: str, x_BD: Array, size: int, axis: str | None) -> Array:
             w_DC = self.param(name, nn.with_logical_partitioning(

@@ -82,7 +82,7 @@ class Recorder:
         with self._path.open("a") as file:
             file.write(json.dumps(record) + "\n")
         for name, value in record.items():
-            if isinstance(value, list) and not any(isinstance(entry, list) for entry in value):
+            if isinstance(value, list) and all(isinstance(entry, (int, float)) for entry in value):
                 for layer, entry in enumerate(value):
                     self._events.add_scalar(f"{record['split']}/{name}/layer_{layer}", entry, record["step"])
             elif isinstance(value, (int, float)) and name != "step":

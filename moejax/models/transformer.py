@@ -229,6 +229,8 @@ def resolve_model(model: ModelConfig) -> ModelConfig:
           f"{where}.attention=chunked is for decoders only; use sliding")
     check(not design.head_layer or design.activation in PLAIN_ONES,
           f"{where}.head_layer needs an activation without a gate, not {design.activation}: {', '.join(PLAIN_ONES)}")
+    check(model.kind != "decoder" or model.head == "tokens" or design.pool != "first",
+          f"{where}.pool=first: the first token of a decoder sees nothing of the text; take last or mean")
     check(not design.pooler or model.head != "tokens", f"{where}.pooler needs config.model.head=classes or none")
     check(design.start_token < model.vocab_size, f"{where}.start_token={design.start_token} is not in the vocabulary of "
           f"config.model.vocab_size={model.vocab_size}")

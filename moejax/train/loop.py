@@ -218,6 +218,7 @@ def run_evaluation(setup: Setup, prepared: Prepared, params: Any, router_state: 
         record["perplexity"] = float(np.exp(min(result.means["loss"], 700.0)))
     else:
         record |= label_metrics(config.data.task.objective, result.scores, result.labels)
+        record |= {"labels": list(prepared.labels)} if prepared.labels else {}
     if config.data.task.objective == "next_token":
         record["bits_per_byte"] = bits_per_byte(result.means["loss"], len(stream.tokens) - 1, stream.bytes)
     return record | {"targets": result.targets, "tokens_per_second": result.targets / seconds, "seconds": seconds,

@@ -39,11 +39,31 @@ def test_templates_and_labels(tmp_path):
 def test_tables(tmp_path, suffix, delimiter):
     (tmp_path / f"a{suffix}").write_bytes(f"text{delimiter}label\r\na b{delimiter}x\r\nc\r\nd{delimiter}y\r\n".encode())
     path = str(tmp_path / f"a{suffix}")
-    with pytest.raises(UserError, match=r"line 3: has not the 2 fields"):
+    with pytest.raises(UserError, match=r"line 3: has 1 fields, not the 2"):
         list(reader({"objective": "classification"}).read(path))
     lenient = reader({"objective": "classification"}, on_bad_record="skip")
     assert [(e.text, e.label) for e in lenient.read(path)] == [("a b", "x"), ("d", "y")]
     assert len(lenient.left_out) == 1
+
+
+def test_names_of_fields_may_be_anything(tmp_path):
+    path = write(tmp_path / "a.jsonl", [{"0": "x", "review.text": "y", "a[0]": "z"}])
+    example, = reader({"objective": "seq2seq", "input": "{0}-{review.text}", "target": "{a[0]}"}).read(path)
+    assert (example.text, example.target) == ("x-y", "z")
+
+
+def test_tables_with_an_unnamed_column_long_fields_and_quotes(tmp_path):
+    long = "a" * 200_000
+    (tmp_path / "a.csv").write_text(f',text,label\n0,"one\ntwo",x\n1,{long},y\n', encoding="utf-8-sig")
+    found = [(e.text, e.label) for e in reader({"objective": "classification"}).read(str(tmp_path / "a.csv"))]
+    assert found == [("one\ntwo", "x"), (long, "y")]
+
+
+def test_rows_of_tables_that_are_not_utf8_are_left_out_alone(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b"text,label\na,x\n\xff,y\nb,x\n")
+    lenient = reader({"objective": "classification"}, on_bad_record="skip")
+    assert [e.text for e in lenient.read(str(tmp_path / "a.csv"))] == ["a", "b"]
+    assert "line 3: not UTF-8" in lenient.left_out[0]
 
 
 GOOD = {"text": "a", "target": "b", "label": "x"}
@@ -61,6 +81,8 @@ GOOD = {"text": "a", "target": "b", "label": "x"}
     ({"text": "a", "label": "z"}, {"objective": "multi_label"}, "holds 'z', which is no list of labels"),
     ({"text": "a", "label": "z"}, {"objective": "regression"}, "holds 'z', which is no number"),
     ({"text": "a", "label": float("nan")}, {"objective": "regression"}, "holds nan, which is no number"),
+    ({"text": "a", "label": 10**400}, {"objective": "regression"}, "which is no number"),
+    ({"text": "a", "label": 1e39}, {"objective": "regression"}, "which is no number"),
     (b'{"text": "\xff"}', {"objective": "seq2seq"}, "not UTF-8 at byte 10"),
     (b'{"text": ', {"objective": "seq2seq"}, "not JSON"),
     (b"[1]", {"objective": "seq2seq"}, "no field 'text'"),
@@ -89,6 +111,21 @@ def test_labels_of_a_prepared_folder(tmp_path):
             assert label == int(text.split()[1]) % 2
     tree["model"]["classes"] = 3
     with pytest.raises(UserError, match=r"there are 2 labels \(even, odd\); set config.model.classes=2, not 3"):
+        prepare(build(tree), tmp_path / "other", quiet)
+
+
+def test_a_tokenizer_with_a_mask_of_its_own_needs_no_more_room(tmp_path):
+    import tokenizers
+    words = {"[SEP]": 0, "[MASK]": 1, "text": 2, "?": 3}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="?"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    backend.save(str(tmp_path / "words.json"))
+    path = write(tmp_path / "a.jsonl", [{"text": f"text {i}"} for i in range(60)])
+    tree = {"model": {"kind": "encoder", "vocab_size": 4}, "data": {
+        "source": path, "tokenizer": str(tmp_path / "words.json"), "eval_fraction": 0.3}}
+    assert prepare(build(tree), tmp_path / "data", quiet).tokenizer.vocab_size == 4
+    tree["data"]["tokenizer"], tree["model"]["vocab_size"] = "bytes", 257
+    with pytest.raises(UserError, match="set config.model.vocab_size=258 or more"):
         prepare(build(tree), tmp_path / "other", quiet)
 
 

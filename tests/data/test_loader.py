@@ -9,7 +9,7 @@ from moejax.config import UserError, build
 from moejax.data.loader import eval_batches, train_loader
 from moejax.data.packing import KEYS
 from moejax.data.prepare import TokenStream
-from moejax.data.rows import make_rows
+from moejax.data.rows import Rows, make_rows
 from moejax.data.tokenizers import ByteTokenizer
 
 LENGTH, WINDOWS, BATCH = 5, 11, 4
@@ -97,3 +97,18 @@ def test_evaluation_takes_rows_and_is_cut_by_eval_batches():
 def test_a_stream_with_nothing_to_predict():
     with pytest.raises(UserError, match="fewer than two tokens"):
         rows_of(config(), STREAM._replace(tokens=STREAM.tokens[:1]))
+
+
+def test_draws_of_evaluation_do_not_depend_on_the_batch_size():
+    rows = Rows(7, lambda index, rng: {"drawn": rng.integers(0, 1 << 30, 3)})
+    found = [np.concatenate([batch["drawn"] for batch in eval_batches(rows, config(eval_batch_size=size))])[:7]
+             for size in (2, 4, 7)]
+    assert (found[0] == found[1]).all() and (found[0] == found[2]).all() and len(np.unique(found[0])) == 21
+
+
+def test_draws_of_training_depend_on_batch_and_place():
+    rows = Rows(3, lambda index, rng: {"drawn": rng.integers(0, 1 << 30, 3)})
+    whole = np.stack([batch["drawn"] for batch in take(train_loader(rows, config()), 3)])
+    part = np.stack([batch["drawn"] for batch in take(train_loader(rows, config(), np.array([1, 3])), 3)])
+    np.testing.assert_array_equal(part, whole[:, [1, 3]])
+    assert len(np.unique(whole)) == whole.size

@@ -5,7 +5,8 @@ import pytest
 
 from moejax.config import UserError, build
 from moejax.data.prepare import TokenStream
-from moejax.data.rows import Layout, denoised, make_rows, masked, pair, special_ids, with_prefix
+from moejax.data.rows import Layout, denoised, make_rows, masked, pair, with_prefix
+from moejax.data.specials import special_ids
 from moejax.data.tokenizers import ByteTokenizer
 from moejax.task import OBJECTIVES, TEXT, Task
 
@@ -40,7 +41,7 @@ def test_a_pair_for_an_encoder_and_a_decoder():
     assert row["tokens"].tolist() == [START, 11, 12, 0, 0, 0] and row["targets"].tolist() == [11, 12, 13, 0, 0, 0]
     assert row["mask"].tolist() == [1, 1, 1, 0, 0, 0] and row["positions"].tolist() == [0, 1, 2, 0, 0, 0]
     cut = pair(np.arange(5, 11), np.arange(11, 20), Layout(True, 6, 4, START))
-    assert real(cut, "source_") == [5, 6, 7, 8] and told(cut) == [11, 12, 13, 14, 15, 16]
+    assert real(cut, "source_") == [5, 6, 7, 10] and told(cut) == [11, 12, 13, 14, 15, 16]
     assert real(cut) == [START, 11, 12, 13, 14, 15]
 
 
@@ -50,7 +51,17 @@ def test_a_pair_for_a_decoder():
     assert row["tokens"].tolist() == [5, 6, 8, 11, 0, 0] and row["targets"].tolist() == [0, 0, 11, 12, 0, 0]
     assert row["mask"].tolist() == [0, 0, 1, 1, 0, 0] and row["prefix"].tolist() == [1, 1, 0, 0, 0, 0]
     cut = pair(np.arange(5, 11), np.array([11, 12]), Layout(False, 6, 6, START))
-    assert real(cut) == [5, 6, 7, 8, 9, 11] and told(cut) == [11, 12]
+    assert real(cut) == [5, 6, 7, 8, 10, 11] and told(cut) == [11, 12]
+    both_long = pair(np.arange(5, 11), np.arange(20, 29), Layout(False, 6, 6, START))
+    assert real(both_long) == [5, 6, 7, 10, 20, 21] and told(both_long) == [20, 21, 22]
+
+
+def test_spans_are_cut_out_of_text_without_separators():
+    text = np.array([10, SEPARATOR, 11, 12, SEPARATOR, 13, 14])
+    task, layout = Task("span_corruption", noise_density=0.4), Layout(True, 24, 32, START)
+    row = denoised(text, task, [280, 281, 282], SEPARATOR, layout, np.random.default_rng(0))
+    assert SEPARATOR not in real(row, "source_") and told(row).index(SEPARATOR) == len(told(row)) - 1
+    assert sorted(t for t in real(row, "source_") + told(row) if t < 100) == [10, 11, 12, 13, 14]
 
 
 def test_a_window_with_prefixes():

@@ -132,6 +132,7 @@ def test_classes_of_distance_by_hand():
     ({"model__kind": "encoder", "data__task": {"objective": "next_token"}}, "next_token needs config.model.kind=decoder"),
     ({"model__head": "classes", "data__task": {"objective": "prefix_lm"}}, "prefix_lm needs .* config.model.head=tokens"),
     ({"model__architecture": {"pooler": True}}, "pooler needs config.model.head=classes or none"),
+    ({"model__head": "classes", "model__architecture": {"pool": "first"}}, "sees nothing of the text; take last or mean"),
     ({"model__architecture": {"start_token": 99}}, "start_token=99 is not in the vocabulary"),
     ({"model__architecture": {"head_layer": True}}, "head_layer needs an activation without a gate"),
 ])
