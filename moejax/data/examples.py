@@ -109,8 +109,8 @@ def read_label(record: sources.Record, task: Task) -> Any:
             number = float(value)
         except (TypeError, ValueError, OverflowError):
             number = math.nan
-        check(abs(number) <= float(np.finfo(np.float32).max), f"{record.where}: field {task.label!r} holds {value!r}, which is no "
-              "number (float32)")
+        check(abs(number) <= float(np.finfo(np.float32).max),
+              f"{record.where}: field {task.label!r} holds {value!r}, which is no number (float32)")
         return number
     several = task.objective == "multi_label"
     fitting = isinstance(value, (list, tuple)) if several else not isinstance(value, (list, tuple, dict, type(None)))

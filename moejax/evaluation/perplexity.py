@@ -58,12 +58,12 @@ def evaluate(eval_step: Callable[..., tuple[dict[str, Array], Any, Any]], params
     """Runs `eval_step` over all batches. Padded rows count for nothing; sums are kept in float64."""
     results = jax.device_get([eval_step(params, router_state, batch) for batch in batches])
     sums = {name: math.fsum(float(result[0][name]) for result in results) for name in results[0][0]}
-    targets = max(sums.pop("targets"), 1)
+    targets = sums.pop("targets")
     scores = labels = None
     if results[0][2] is not None:
         scores, labels, mask = (np.concatenate(parts) for parts in zip(*(result[2] for result in results)))
         scores, labels = scores[mask], labels[mask]
-    return Evaluation({name: total / targets for name, total in sums.items()}, int(targets),
+    return Evaluation({name: total / max(targets, 1) for name, total in sums.items()}, int(targets),
                       total_records([result[1] for result in results]), scores, labels)
 
 

@@ -64,6 +64,11 @@ def pack_left(tokens_BL: np.ndarray, mask_BL: np.ndarray, length: int) -> tuple[
                  for a_BL in (tokens_BL, mask_BL))
 
 
+def unbroken(mask_BL: np.ndarray) -> bool:
+    """Whether the real tokens of every row lie one behind the other."""
+    return bool((np.abs(np.diff(mask_BL.astype(int), axis=1, prepend=0, append=0)).sum(axis=1) <= 2).all())
+
+
 def count_positions(mask_BL: np.ndarray) -> np.ndarray:
     """The position of each real token among the real tokens of its row, from 0; any small number at padding. Int32."""
     return np.maximum(np.cumsum(mask_BL, axis=1) - 1, 0).astype(np.int32)

@@ -67,7 +67,7 @@ def embed(model: Transformer, params: Mapping[str, Any], tokens: Any, mask: Any 
     check(kind in ("mean", "first", "last"), f"kind={kind!r} must be mean, first or last")
     check(model.model.kind != "encoder_decoder", "a model with an encoder and a decoder has no one vector for a text")
     batch, size = arrays(model, tokens, mask, None, None, types)
-    x_BLD = forward(model, params, batch, "x_BLD")
+    x_BLD = forward(model, params, batch, "hidden_BLD")
     x_BD = pool(x_BLD.astype(jnp.float32), batch["segments"] > 0, kind)[:size[0]]
     return x_BD / jnp.maximum(jnp.linalg.norm(x_BD, axis=1, keepdims=True), 1e-12)
 
@@ -84,6 +84,9 @@ def arrays(model: Transformer, tokens: Any, mask: Any, decoder_tokens: Any, deco
     sizes = []
     for name, (given, real) in rows.items():
         tokens_BL, mask_BL = prompts.read(given, real, model.model.vocab_size)
+        by_slots = model.model.architecture.positions == "relative" or set(model.model.architecture.attention) - {"full"}
+        check(not by_slots or prompts.unbroken(mask_BL), "this model counts distances in slots, so padding must lie before "
+              "or behind the tokens of a row, not between them")
         sizes.append(tokens_BL.shape)
         longest = int(mask_BL.sum(axis=1).max())
         check(longest <= model.model.max_length, f"a row of {longest} tokens is longer than the model's context of "

@@ -88,10 +88,11 @@ def tensors(model: ModelConfig, moe: MoEConfig, other: bool) -> Iterator[Tensor]
 
 def family(name: str, architecture: str, head: str, embedding: str) -> Family:
     """BERT with a head."""
-    return Family("bert", architecture, partial(read, head), write, tensors, name=name, tied=(
-        "cls.predictions.decoder.weight", embedding), unused=(
-            "embeddings.position_ids", "cls.predictions.decoder.bias", "cls.seq_relationship.weight",
-            "cls.seq_relationship.bias"))
+    unused = ("embeddings.position_ids", "cls.predictions.decoder.bias", "cls.seq_relationship.weight",
+              "cls.seq_relationship.bias")
+    pooler = ("bert.pooler.dense.weight", "bert.pooler.dense.bias")  # which the first released files have beside this head
+    return Family("bert", architecture, partial(read, head), write, tensors, name=name, unused=unused + (
+        pooler if head == "tokens" else ()), tied=("cls.predictions.decoder.weight", embedding))
 
 
 BERT = family("bert", "BertForMaskedLM", "tokens", "bert.embeddings.word_embeddings.weight")

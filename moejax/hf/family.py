@@ -14,7 +14,7 @@ WITHOUT_EFFECT = frozenset("""
     output_hidden_states output_router_logits pad_token_id pretraining_tp problem_type resid_pdrop return_dict sep_token_id
     seq_aux summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj
     task_specific_params tokenizer_class torch_dtype transformers_version unk_token_id use_cache aux_loss_alpha
-    attn_implementation initial_context_length attention_probs_dropout_prob dropout_rate gradient_checkpointing
+    attn_implementation initial_context_length attention_probs_dropout_prob dropout_rate gradient_checkpointing output_past
 """.split())
 """Options of config.json that change no logit: names, ids of special tokens, initialisation, dropout, what is returned."""
 

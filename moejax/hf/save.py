@@ -29,7 +29,7 @@ def to_hf(model: transformer.Transformer, params: Mapping[str, Any], folder: str
       model: the model.
       params: {"params": ..., "router": ...}.
       folder: to be made; an empty one will do.
-      family: a model_type of `moejax.hf.FAMILIES`; None takes that from which the model came.
+      family: a name in `moejax.hf.FAMILIES`; None takes that from which the model came.
       dtype: of the tensors: float32, bfloat16 or float16.
       options: more options of config.json, such as ids of special tokens; those of the model itself win.
       shard_bytes: of a file, at most.
@@ -55,6 +55,9 @@ def to_hf(model: transformer.Transformer, params: Mapping[str, Any], folder: str
     named = {"model_type": chosen.model_type, "architectures": [chosen.architecture], "torch_dtype": dtype}
     unknown = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))  # else defaults, which may be no ids at all
     written = {**unknown, **(options or {}), **values, **named}
+    for names in ("id2label", "label2id"):
+        if names in values and len((options or {}).get(names) or ()) == len(values[names]):
+            written[names] = options[names]
     written.pop("dtype", None)
     if "rope_theta" in values:  # two spellings of one thing could contradict each other
         written.pop("rope_parameters", None)
@@ -71,7 +74,7 @@ def express(family: Family, model: transformer.Transformer) -> dict[str, Any]:
     name = family.name or family.model_type
     try:
         values = family.write(model.model, model.moe)
-    except (AttributeError, TypeError, ValueError, ZeroDivisionError, IndexError):
+    except (AttributeError, TypeError, ValueError, ZeroDivisionError, LookupError):
         raise UserError(f"this model cannot be written as a model of type {name}: other routers or blocks") from None
     again = interpret(family, Options(values, f"as a model of type {name}"))
     mine, theirs = computed(model.model, model.moe), computed(again.model, again.moe)
@@ -90,6 +93,12 @@ def computed(model: ModelConfig, moe: MoEConfig) -> dict[str, Any]:
     for name in ("dropout", "architecture.family", *(["ffn"] if all(sparse) else [])):
         del own[f"model.{name}"]
     own["moe.every"] = sparse
+    if model.kind == "encoder_decoder":
+        own["model.encoder_layers"] = model.encoder_layers or model.layers
+    del own["model.architecture.encoder_sparse_blocks"]  # told by `sparse`
+    if model.head != "tokens":
+        for name in ("tie_embeddings", "architecture.head_bias", "architecture.head_layer"):
+            del own[f"model.{name}"]
     if not any(sparse):
         return own
     return own | flatten({"moe": {

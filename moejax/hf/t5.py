@@ -4,13 +4,15 @@ from typing import Any, Iterator
 
 from moejax.architecture import GATED
 from moejax.config import ModelConfig, MoEConfig
-from moejax.hf.family import Family, Options
+from moejax.hf.family import REQUIRED, Family, Options
 from moejax.hf.tensors import Tensor
 from moejax.models.stacks import kinds, trunk_kinds, trunks
 
 SIZES = {"vocab_size": "vocab_size", "d_model": "embed", "d_kv": "head_dim", "d_ff": "ffn", "num_heads": "heads",
          "num_layers": "encoder_layers", "layer_norm_epsilon": "norm_eps",
          "relative_attention_num_buckets": "relative_buckets", "relative_attention_max_distance": "relative_distance"}
+DEFAULTS = {"layer_norm_epsilon": 1e-6, "relative_attention_num_buckets": 32, "relative_attention_max_distance": 128}
+"""Of options that the first released files leave out."""
 IN_ARCHITECTURE = ("relative_buckets", "relative_distance")
 ACTIVATIONS = {"relu": "relu", "gated-gelu": "geglu_tanh", "gated-silu": "swiglu", "gelu": "gelu", "silu": "silu"}
 MAX_LENGTH = 512
@@ -19,7 +21,7 @@ MAX_LENGTH = 512
 
 def read_model(options: Options) -> dict[str, Any]:
     """Sizes and design that both families share."""
-    model = {ours: options.take(theirs) for theirs, ours in SIZES.items()}
+    model = {ours: options.take(theirs, DEFAULTS.get(theirs, REQUIRED)) for theirs, ours in SIZES.items()}
     design = {name: model.pop(name) for name in IN_ARCHITECTURE} | {
         "positions": "relative", "attention_scale": 1.0,
         "start_token": options.take("decoder_start_token_id", None) or 0}
@@ -50,8 +52,11 @@ def read_switch(options: Options) -> dict[str, Any]:
     """See `Family.read`."""
     model = read_model(options)
     options.only("dense_act_fn", "relu", "gelu", "silu", default="relu")
-    for name in ("router_bias", "router_ignore_padding_tokens"):
+    for name in ("router_bias", "router_ignore_padding_tokens", "batch_prioritized_routing", "is_gated_act"):
         options.only(name, False)
+    options.only("num_selected_experts", 1)
+    options.only("router_type", "tokens_masked")
+    options.only("feed_forward_proj", options.values.get("dense_act_fn", "relu"))
     options.only("router_dtype", "float32")
     model["architecture"] |= {"activation": ACTIVATIONS[options.take("dense_act_fn", "relu")]} | (
         {"logit_multiplier": model["embed"]**-0.5} if model["tie_embeddings"] else {})
@@ -69,7 +74,8 @@ def read_switch(options: Options) -> dict[str, Any]:
              "jitter": float(options.take("router_jitter_noise", 0.01))}
     return {"model": model, "moe": sizes | {
         "every": 1, "router": "switch", "num_experts": options.take("num_experts"), "experts_per_token": 1,
-        "sparse_blocks": sparse("decoder", model["layers"]), "capacity_places": options.take("expert_capacity", 64)}}
+        "sparse_blocks": sparse("decoder", model["layers"]),
+        "capacity_places": options.take("expert_capacity", None) or 64}}
 
 
 def write_model(model: ModelConfig) -> dict[str, Any]:
@@ -95,6 +101,8 @@ def write_switch(model: ModelConfig, moe: MoEConfig) -> dict[str, Any]:
         step = blocks[1] - blocks[0] if len(blocks) > 1 else layers
         return {f"num_sparse_{side}_layers": layers // step, f"{side}_sparse_step": step}
 
+    if moe.capacity_places is None:
+        raise ValueError("Switch always has a capacity")
     encoder, decoder = ([i for i, kind in enumerate(trunk_kinds(model, moe, trunk)) if kind.sparse]
                         for trunk in trunks(model))
     return write_model(model) | {

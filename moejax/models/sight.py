@@ -47,8 +47,9 @@ def visibility(design: Architecture, causal: bool, positions_BL: Array, segments
         in_prefix_BS = jnp.zeros(keys_BS.shape, bool).at[:, (0 if at is None else at) + jnp.arange(prefix_BL.shape[1])].set(
             prefix_BL)
         full_BLS &= (back_LS >= 0) | in_prefix_BS[:, None, :]
+    since_BL1 = (positions_BL % max(design.window, 1))[:, :, None]  # tokens of its part that are before it
     bounds = {
         "sliding": lambda: abs(back_LS) < design.window,
-        "chunked": lambda: back_LS <= (positions_BL % max(design.window, 1))[:, :, None],
+        "chunked": lambda: (back_LS <= since_BL1) & (back_LS > since_BL1 - design.window),
     }
     return {kind: full_BLS & bounds[kind]() if kind in bounds else full_BLS for kind in sorted(set(design.attention))}

@@ -45,7 +45,8 @@ class ModelOutput:
     What is not used costs nothing under `jax.jit`.
 
     Attributes:
-      x_BLD: the last activations, as the head takes them.
+      hidden_BLD: the last activations.
+      x_BLD: the same as the head takes them; see `Embedding.before_head`.
       logits_BLV: float32, scores of tokens; None without such a head.
       logits_BC: float32, scores of classes; None without such a head.
       pooled_BD: what stands for a row; None with a head for tokens.
@@ -53,6 +54,7 @@ class ModelOutput:
       cache: like the one given, filled; or None.
     """
 
+    hidden_BLD: Array
     x_BLD: Array
     logits_BLV: Array | None
     logits_BC: Array | None
@@ -121,10 +123,10 @@ class Transformer(nn.Module):
             totals, wholes, prefix_BL, seen, cache, at, cached_segments_BS)
         records |= own_records
         if model.head == "tokens":
-            x_BLD = embedding.before_head(x_BLD)
-            return ModelOutput(x_BLD, embedding.logits(x_BLD), None, None, records, cache)
+            head_BLD = embedding.before_head(x_BLD)
+            return ModelOutput(x_BLD, head_BLD, embedding.logits(head_BLD), None, None, records, cache)
         pooled_BD, logits_BC = Pooled(model, self.dtype, name="pooled")(x_BLD, segments_BL > 0)
-        return ModelOutput(x_BLD, None, logits_BC, pooled_BD, records, cache)
+        return ModelOutput(x_BLD, x_BLD, None, logits_BC, pooled_BD, records, cache)
 
     def run(self, trunk: Trunk, x_BLD: Array, tokens_BL: Array, positions_BL: Array, segments_BL: Array,
             router_state: Mapping[str, Any], train: bool, totals: Mapping[str, Totals], wholes: Mapping[str, Any] | None,
@@ -224,7 +226,15 @@ def resolve_model(model: ModelConfig) -> ModelConfig:
     where, latent = "config.model.architecture", design.latent
     check(model.kind == "encoder_decoder" or model.encoder_layers is None,
           f"config.model.encoder_layers={model.encoder_layers} needs config.model.kind=encoder_decoder")
-    check(model.kind != "encoder_decoder" or not latent.rank, f"{where}.latent is not implemented for an encoder_decoder")
+    if model.kind == "encoder_decoder":
+        without = [name for name in ("sinks", "clip_qkv") if getattr(design, name)] + (["latent"] if latent.rank else [])
+        check(not without and not model.qk_norm, f"{where}.{without[0] if without else 'qk_norm'} is not implemented for "
+              "config.model.kind=encoder_decoder")
+    if design.positions == "relative":
+        least = 2 if model.kind == "decoder" else 4
+        check(design.relative_buckets >= least and design.relative_distance > design.relative_buckets // 2,
+              f"{where}.relative_buckets={design.relative_buckets} must be at least {least}, and relative_distance="
+              f"{design.relative_distance} more than half of them")
     check(model.kind == "decoder" or "chunked" not in design.attention,
           f"{where}.attention=chunked is for decoders only; use sliding")
     check(not design.head_layer or design.activation in PLAIN_ONES,

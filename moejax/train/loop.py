@@ -181,7 +181,7 @@ def start(setup: Setup, store: Store, loader: Any) -> tuple[TrainState, int]:
 
 
 def initial_variables(setup: Setup, fresh: Any) -> Any:
-    """Parameters and router state of the run in config.train.init_from, and fresh ones for a head that it has not.
+    """Parameters and router state of the run in config.train.init_from, and fresh ones for another head.
 
     Raises:
       UserError: the bodies are not of one model.
@@ -189,14 +189,15 @@ def initial_variables(setup: Setup, fresh: Any) -> Any:
     workdir = Path(setup.config.train.init_from)
     theirs = build(read_config(workdir))
     found = flat(load_sharded(workdir, theirs, setup.mesh).items["model"])
-    mine = flat(fresh)
+    mine, model = flat(fresh), setup.config.model
+    other_head = (theirs.model.head, theirs.model.classes) != (model.head, model.classes)
     for path in sorted(found.keys() | mine.keys()):
-        if in_head(path) and (path not in found or path not in mine or found[path].shape != mine[path].shape):
+        if other_head and in_head(path):
             continue
         one, other = (tree[path].shape if path in tree else None for tree in (found, mine))
         check(one == other, f"config.train.init_from={workdir} is another model: {'/'.join(path)} has shape {one} there "
               f"and {other} here; take its config.json as --config")
-    taken = [found[path] if path in found and found[path].shape == leaf.shape else leaf for path, leaf in mine.items()]
+    taken = [leaf if other_head and in_head(path) else found[path] for path, leaf in mine.items()]
     return jax.tree.unflatten(jax.tree.structure(fresh), taken)
 
 

@@ -51,7 +51,7 @@ class Setup(NamedTuple):
     placements: list[sharding.Placement]
     initialise: Callable[[], TrainState]
     train_step: Callable[[TrainState, Mapping[str, Array]], tuple[TrainState, dict[str, Array], Any]]
-    eval_step: Callable[..., tuple[dict[str, Array], Any]]
+    eval_step: Callable[..., tuple[dict[str, Array], Any, Any]]
     rows: Callable[[int], np.ndarray]
     put: Callable[[Mapping[str, np.ndarray]], dict[str, Array]]
 

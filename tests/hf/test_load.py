@@ -258,3 +258,59 @@ def test_the_command_line_upcycles_a_dense_model(tmp_path, capsys):
     assert not (tmp_path / "again").exists()
     assert main(["export", str(tmp_path / "sparse"), str(tmp_path / "out"), "--family=mixtral"]) == 0
     assert read_config(tmp_path / "out")[1].moe.num_experts == 4
+
+
+OLD = {"d_kv": 64, "d_model": 768, "d_ff": 3072, "dropout_rate": 0.1, "decoder_start_token_id": 0, "eos_token_id": 1,
+       "initializer_factor": 1.0, "is_encoder_decoder": True, "layer_norm_epsilon": 1e-06, "num_heads": 12,
+       "num_layers": 12, "output_past": True, "pad_token_id": 0, "relative_attention_num_buckets": 32, "vocab_size": 32128}
+RELEASED = {
+    "t5-base": OLD | {"architectures": ["T5ForConditionalGeneration"], "model_type": "t5", "n_positions": 512,
+                      "task_specific_params": {"summarization": {"num_beams": 4}}},
+    "t5-v1_1": OLD | {"architectures": ["T5ForConditionalGeneration"], "model_type": "t5", "num_decoder_layers": 12,
+                      "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "use_cache": True},
+    "switch": OLD | {
+        "architectures": ["SwitchTransformersForConditionalGeneration"], "model_type": "switch_transformers",
+        "dense_act_fn": "relu", "feed_forward_proj": "relu", "is_gated_act": False, "num_decoder_layers": 12,
+        "num_experts": 8, "num_sparse_decoder_layers": 6, "num_sparse_encoder_layers": 6, "encoder_sparse_step": 2,
+        "decoder_sparse_step": 2, "relative_attention_max_distance": 128, "router_aux_loss_coef": 0.001,
+        "router_bias": False, "router_dtype": "float32", "router_ignore_padding_tokens": False, "router_jitter_noise": 0.01,
+        "router_type": "tokens_masked", "router_z_loss_coef": 0.001, "expert_capacity": 64},
+}
+"""Options that older files have, and that transformers writes otherwise now."""
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_options_of_released_models_are_read(name, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(RELEASED[name]))
+    _, config = read_config(tmp_path)
+    design = config.model.architecture
+    assert design.relative_distance == 128 and config.model.tie_embeddings == (name != "t5-v1_1")
+    assert design.logit_multiplier == (1.0 if name == "t5-v1_1" else 768**-0.5)
+    sparse = [kind.sparse for kind in stacks.kinds(config.model, config.moe)]
+    assert sparse == ([False, True] * 12 if name == "switch" else [False] * 24)
+
+
+def test_the_first_released_files_of_bert_have_a_pooler_beside_its_head(tmp_path):
+    shutil.copytree(GOLDEN / "bert", tmp_path / "bert")
+    held = load_file(tmp_path / "bert" / "model.safetensors")
+    save_file(held | {"bert.pooler.dense.weight": np.ones((24, 24), np.float32),
+                      "bert.pooler.dense.bias": np.ones(24, np.float32)}, tmp_path / "bert" / "model.safetensors")
+    model, params = from_hf(tmp_path / "bert")
+    vectors = moejax.embed(model, params, [[5, 6, 7]])
+    assert vectors.shape == (1, 24)
+
+
+def test_models_that_a_family_has_no_words_for_are_refused(tmp_path):
+    for changes, family in (({"model__kind": "encoder"}, "bert"), ({"model__kind": "encoder_decoder"}, "t5"),
+                            ({"model__kind": "encoder_decoder"}, "switch_transformers")):
+        model, params, state = tiny_model(tiny_config(**changes))
+        with pytest.raises(UserError, match="cannot be written as a model of type"):
+            moejax.to_hf(model, {"params": params, "router": state}, tmp_path / "out", family=family)
+
+
+def test_names_of_labels_come_back(tmp_path):
+    model, params = from_hf(GOLDEN / "bert_classifier")
+    names = {str(i): name for i, name in enumerate("abcde")}
+    moejax.to_hf(model, params, tmp_path / "out", options={"id2label": names, "label2id": {}})
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["id2label"] == names and written["label2id"] == {f"LABEL_{i}": i for i in range(5)}

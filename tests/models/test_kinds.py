@@ -100,6 +100,27 @@ def test_a_prefix_is_seen_from_before_it_and_decoding_agrees():
         np.testing.assert_array_equal(scores[0, length - 1:].argmax(axis=-1), said[length:])
 
 
+def test_a_prefix_stays_within_its_part_of_chunked_attention():
+    """Parts of four: tokens of the prefix see all of their own part and nothing of others; in one block."""
+    model, params, state = tiny_model(tiny_config(model__layers=1, moe__first_dense=1, model__architecture={
+        "attention": ("chunked",), "window": 4}))
+    given, prefix = variables(params, state), np.ones((2, 9), bool)
+    whole = np.asarray(logits(model, given, TOKENS, prefix=prefix))
+    moved = np.abs(np.asarray(logits(model, given, changed(TOKENS, 5), prefix=prefix)) - whole).max(axis=(0, 2)) > 1e-5
+    assert np.flatnonzero(moved).tolist() == [4, 5, 6, 7]
+
+
+def test_padding_between_tokens_is_refused_where_distances_are_slots():
+    model, params, state = model_of("encoder", "relative")
+    with pytest.raises(UserError, match="not between them"):
+        logits(model, variables(params, state), TOKENS, np.arange(9)[None].repeat(2, 0) != 4)
+    both, params, state = model_of("encoder_decoder", "relative")
+    gap, mask = np.insert(SOURCE, 3, 1, axis=1), np.arange(8)[None].repeat(2, 0) != 3
+    found, wanted = (generate(both, variables(params, state), *source, max_new_tokens=5) for source in (
+        (gap, mask), (SOURCE,)))
+    np.testing.assert_array_equal(found.tokens, wanted.tokens)
+
+
 @pytest.mark.parametrize("pool", ["first", "last", "mean"])
 def test_scores_of_a_row_know_no_padding(pool):
     config = tiny_config(model__kind="encoder", model__head="classes", model__classes=5, model__architecture={
@@ -132,6 +153,8 @@ def test_classes_of_distance_by_hand():
     ({"model__kind": "encoder", "data__task": {"objective": "next_token"}}, "next_token needs config.model.kind=decoder"),
     ({"model__head": "classes", "data__task": {"objective": "prefix_lm"}}, "prefix_lm needs .* config.model.head=tokens"),
     ({"model__architecture": {"pooler": True}}, "pooler needs config.model.head=classes or none"),
+    ({"model__kind": "encoder", "model__architecture": {"positions": "relative", "relative_buckets": 2}}, "at least 4"),
+    ({"model__kind": "encoder_decoder", "model__qk_norm": True}, "qk_norm is not implemented"),
     ({"model__head": "classes", "model__architecture": {"pool": "first"}}, "sees nothing of the text; take last or mean"),
     ({"model__architecture": {"start_token": 99}}, "start_token=99 is not in the vocabulary"),
     ({"model__architecture": {"head_layer": True}}, "head_layer needs an activation without a gate"),
