@@ -221,3 +221,8 @@ def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, Array]:
 def bytes_of(tree: Any) -> int:
     """Bytes of all arrays (or shapes) of a tree, as if on one device."""
     return sum(math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
+
+
+def flat(tree: Any) -> dict[tuple[str, ...], Any]:
+    """The leaves of nested dicts by path."""
+    return {tuple(key.key for key in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}

@@ -20,6 +20,7 @@ from moejax.hf.disk import Files
 from moejax.hf.families import FAMILIES
 from moejax.hf.family import Family, Options
 from moejax.models import stacks, transformer
+from moejax.sharding import flat
 
 DEFAULT_LENGTH = 256
 
@@ -148,8 +149,3 @@ def _fill(where: jax.sharding.Sharding) -> Any:
 def _write(parameter: Array, piece: Array, single: tuple[int, ...], start: Array) -> Array:
     """The parameter with a piece, which lacks the `single` axes, from an index on."""
     return jax.lax.dynamic_update_slice(parameter, jnp.expand_dims(piece, single).astype(parameter.dtype), tuple(start))
-
-
-def flat(tree: Any) -> dict[tuple[str, ...], Any]:
-    """The leaves of nested dicts by path."""
-    return {tuple(key.key for key in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}

@@ -14,9 +14,10 @@ from moejax.evaluation.load import abstract_variables
 from moejax.hf import disk, tensors
 from moejax.hf.families import FAMILIES
 from moejax.hf.family import Family, Options
-from moejax.hf.load import flat, interpret
+from moejax.hf.load import interpret
 from moejax.models import stacks, transformer
 from moejax.moe.routing import get_router
+from moejax.sharding import flat
 
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 

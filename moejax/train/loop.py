@@ -24,6 +24,7 @@ from moejax.evaluation.perplexity import bits_per_byte, evaluate
 from moejax.metrics.record import Recorder, loss_summary, routing_summary, total_records
 from moejax.models.count import row_lengths, training_flops
 from moejax.models.transformer import Transformer, build, in_head, in_order
+from moejax.sharding import flat
 from moejax.task import OBJECTIVES
 from moejax.train.benchmark import matmul_ceiling
 from moejax.train.progress import Progress, duration
@@ -199,11 +200,6 @@ def initial_variables(setup: Setup, fresh: Any) -> Any:
               f"and {other} here; take its config.json as --config")
     taken = [leaf if other_head and in_head(path) else found[path] for path, leaf in mine.items()]
     return jax.tree.unflatten(jax.tree.structure(fresh), taken)
-
-
-def flat(tree: Any) -> dict[tuple[str, ...], Any]:
-    """The leaves of nested dicts by path."""
-    return {tuple(key.key for key in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def run_evaluation(setup: Setup, prepared: Prepared, params: Any, router_state: Any, step: int) -> dict[str, Any]:

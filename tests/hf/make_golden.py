@@ -11,6 +11,7 @@ Each folder NAME holds config.json and model.safetensors as transformers saves t
     loss                              mean next-token loss of the right-padded batch
     types, left_types                 encoders: token types; their loss is of all tokens, or of labels 0, 1, 2
     decoder_ids, decoder_mask         with an encoder and a decoder: what the decoder reads, padded on the right
+    targets                           and what it is to write, of which the loss is
     hidden, pooled                    of an encoder without a head
     versions                          of torch and transformers
 
@@ -221,6 +222,19 @@ def padded(vocab, seed, lengths=(9, 6, 4)):
     return rows, {"ids": ids, "mask": mask, "left_ids": left, "left_mask": left_mask}
 
 
+def greedy(net, rows):
+    """The most probable new tokens of each row alone, with the cache, and the least lead of one over the next."""
+    found, margins = [], []
+    for row in rows:
+        made = net.generate(input_ids=torch.tensor(row[None]), attention_mask=torch.ones(1, len(row), dtype=torch.long),
+                            max_new_tokens=NEW, do_sample=False, eos_token_id=None, pad_token_id=0, output_logits=True,
+                            return_dict_in_generate=True)
+        found.append(made.sequences[0, -NEW:].numpy())
+        top = torch.stack(made.logits)[:, 0].topk(2).values
+        margins.append(float((top[:, 0] - top[:, 1]).min()))
+    return np.stack(found), min(margins)
+
+
 def run_encoder(net, vocab, seed):
     """As `run`, for an encoder."""
     _, arrays = padded(vocab, seed)
@@ -249,7 +263,7 @@ def run_both(net, vocab, seed):
     _, target = padded(vocab, seed + 1, (7, 5, 3))
     labels = torch.tensor(np.where(target["mask"] == 1, target["ids"], -100))
     decoder_ids = np.concatenate([np.zeros((3, 1), np.int64), target["ids"][:, :-1]], axis=1)
-    arrays |= {"decoder_ids": decoder_ids, "decoder_mask": target["mask"]}
+    arrays |= {"decoder_ids": decoder_ids, "decoder_mask": target["mask"], "targets": target["ids"]}
     with torch.no_grad():
         combine = Combine(net)
         for side in ("", "left_"):
@@ -258,16 +272,8 @@ def run_both(net, vocab, seed):
             arrays |= {f"{side}logits": out.logits.numpy(), f"{side}loss": out.loss.numpy()}
             if not side:
                 arrays |= {f"combine_{n}": a for n, a in enumerate(combine.found)}
-        greedy, margins = [], []
-        for row in rows:
-            made = net.generate(input_ids=torch.tensor(row[None]), attention_mask=torch.ones(1, len(row), dtype=torch.long),
-                                max_new_tokens=NEW, do_sample=False, eos_token_id=None, pad_token_id=0, output_logits=True,
-                                return_dict_in_generate=True)
-            greedy.append(made.sequences[0, -NEW:].numpy())
-            top = torch.stack(made.logits)[:, 0].topk(2).values
-            margins.append(float((top[:, 0] - top[:, 1]).min()))
-    arrays["greedy"] = np.stack(greedy)
-    return arrays, min(margins)
+        arrays["greedy"], margin = greedy(net, rows)
+    return arrays, margin
 
 
 def run(net, vocab, seed):
@@ -284,16 +290,8 @@ def run(net, vocab, seed):
         positions = torch.tensor(np.maximum(left_mask.cumsum(1) - 1, 0))
         arrays["left_logits"] = net(input_ids=torch.tensor(left), attention_mask=torch.tensor(left_mask),
                                     position_ids=positions, use_cache=False).logits.numpy()
-        greedy, margins = [], []
-        for row in rows:
-            made = net.generate(input_ids=torch.tensor(row[None]), attention_mask=torch.ones(1, len(row), dtype=torch.long),
-                                max_new_tokens=NEW, do_sample=False, eos_token_id=None, pad_token_id=0, output_logits=True,
-                                return_dict_in_generate=True)
-            greedy.append(made.sequences[0, -NEW:].numpy())
-            top = torch.stack(made.logits)[:, 0].topk(2).values
-            margins.append(float((top[:, 0] - top[:, 1]).min()))
-    arrays["greedy"] = np.stack(greedy)
-    return arrays, min(margins)
+        arrays["greedy"], margin = greedy(net, rows)
+    return arrays, margin
 
 
 if __name__ == "__main__":

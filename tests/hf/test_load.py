@@ -17,10 +17,11 @@ from moejax.evaluation.load import abstract_variables
 from moejax.hf import tensors
 from moejax.hf.__main__ import main
 from moejax.hf.families import FAMILIES
-from moejax.hf.load import flat, from_hf, read_config
+from moejax.hf.load import from_hf, read_config
 from moejax.hf.save import gather
 from moejax.main import main as command_line
 from moejax.models import stacks, transformer
+from moejax.sharding import flat
 
 GOLDEN = Path(__file__).parent / "golden"
 
