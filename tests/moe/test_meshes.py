@@ -44,7 +44,6 @@ FAST = {
     ("expert4 context2", "choice in sequences", "all_gather"),
     ("expert8", "topk", "all_to_all"),
     ("data2 expert2 model2", "bias", "all_to_all"),
-    ("data2 expert4", "topk", "ragged"),
     ("expert4 context2", "hash", "ragged"),
 }
 """A subset that holds every mesh, router and dispatch."""
