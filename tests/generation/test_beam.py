@@ -37,8 +37,9 @@ def all_texts(model, given, prompt, penalty):
     return sorted(found, reverse=True)
 
 
-@pytest.mark.parametrize("kind", ["decoder", "encoder_decoder"])
-@pytest.mark.parametrize("penalty", [0.0, 1.0, 2.5])
+@pytest.mark.parametrize("kind, penalty", [("decoder", 1.0), ("encoder_decoder", 0.0), *(
+    pytest.param(kind, penalty, marks=pytest.mark.slow) for kind, penalty in (
+        ("decoder", 0.0), ("decoder", 2.5), ("encoder_decoder", 1.0), ("encoder_decoder", 2.5)))])
 def test_enough_beams_find_the_best_of_all_texts(kind, penalty):
     model, given = model_of(kind)
     found = beam_search(model, given, PROMPTS, beams=VOCAB**(NEW - 1), max_new_tokens=NEW, length_penalty=penalty,

@@ -40,9 +40,7 @@ FAST = {
     ("data2 expert4", "choice in the batch", "all_gather"),
     ("data4 expert2", "hash", "dense"),
     ("data2 expert2 model2", "topk", "all_gather"),
-    ("data2 expert2 model2", "bias", "sort"),
     ("expert4 context2", "choice in sequences", "all_gather"),
-    ("expert8", "topk", "all_to_all"),
     ("data2 expert2 model2", "bias", "all_to_all"),
     ("expert4 context2", "hash", "ragged"),
 }
@@ -183,7 +181,7 @@ def five_steps_of_the_oracle(router):
     return after_five_steps(router, "dense")
 
 
-FEW = {("expert8", "bias", "all_gather"), ("data2 expert2 model2", "bias", "all_to_all")}
+FEW = {("expert8", "bias", "all_gather")}
 
 
 @pytest.mark.parametrize("mesh, router, dispatch", [
