@@ -25,11 +25,11 @@ def logits(model, variables, batch):
 
 
 @pytest.mark.parametrize("changes, granularity", [
-    ({"num_experts": 4, "experts_per_token": 2}, 1),
-    ({"num_experts": 8, "experts_per_token": 4}, 2),
+    pytest.param({"num_experts": 4, "experts_per_token": 2}, 1, marks=pytest.mark.slow),
+    pytest.param({"num_experts": 8, "experts_per_token": 4}, 2, marks=pytest.mark.slow),
     ({"num_experts": 8, "experts_per_token": 4, "every": 2}, 4),
     ({"num_experts": 6, "experts_per_token": 4, "shared_experts": 1, "shared_ffn": 8}, 2),
-    ({"num_experts": 4, "router": "loss_free", "renormalize": True}, 1),
+    pytest.param({"num_experts": 4, "router": "loss_free", "renormalize": True}, 1, marks=pytest.mark.slow),
     ({"num_experts": 4, "first_dense": 1, "router": "mixtral"}, 1),
 ])
 def test_the_sparse_model_gives_the_dense_models_logits(changes, granularity):
