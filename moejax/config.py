@@ -152,6 +152,11 @@ class DataConfig:
                            "where an encoder reads text for a decoder, or spans are cut out")
     shuffle: bool = key(True, "shuffle documents once and sequences in every epoch, by config.seed")
 
+    @property
+    def encoder_length(self) -> int:
+        """Tokens that an encoder before a decoder reads."""
+        return self.source_length or self.length
+
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:

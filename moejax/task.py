@@ -71,8 +71,10 @@ class Task:
         """Running text, pairs or labels."""
         return OBJECTIVES[self.objective].data
 
-
-PLAIN = Task()
+    @property
+    def head(self) -> str:
+        """The `config.model.head` that the objective trains."""
+        return OBJECTIVES[self.objective].head
 
 
 def resolve(given: "Task | dict | None", model: ModelConfig) -> Task:
@@ -153,8 +155,8 @@ def window_of(data: DataConfig, model_kind: str) -> int:
     """Tokens of text from which an objective makes a row. Raises `UserError` if rows are too short for any."""
     task, both = data.task, model_kind == "encoder_decoder"
     if not denoisers(task):
-        return min(data.length, data.source_length or data.length) if both else data.length
-    window = text_window(task, both, data.length, data.source_length or data.length)
+        return min(data.length, data.encoder_length) if both else data.length
+    window = text_window(task, both, data.length, data.encoder_length)
     check(window >= 2, f"config.data.length={data.length} with config.data.source_length={data.source_length} is too short "
           f"for config.data.task.objective={task.objective}; raise them")
     return window

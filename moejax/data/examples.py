@@ -9,7 +9,7 @@ import numpy as np
 
 from moejax.config import Config, UserError, check
 from moejax.data import sources
-from moejax.task import PAIRS, TEXT, Task, fields_of
+from moejax.task import PAIRS, TEXT, Task
 
 
 class Example(NamedTuple):
@@ -73,20 +73,19 @@ class Reader:
 
 def fill(record: sources.Record, template: str, key: str) -> str:
     """A template with a record's fields. Raises `UserError` if one is missing or the text is empty."""
-    values = {name: text_of(record, name, key) for name in fields_of(template, key)}
+    parts = [(before, name) for before, name, _, _ in string.Formatter().parse(template)]
+    values = {name: text_of(record, name, key) for _, name in parts if name is not None}
     empty = [name for name, value in values.items() if not value.strip()]
     check(not empty, f"{record.where}: field {empty and empty[0]!r} is empty; leave the record out, or set "
           "config.data.on_bad_record=skip")
-    return "".join(plain + (values[name] if name is not None else "")
-                   for plain, name, _, _ in string.Formatter().parse(template))
+    return "".join(before + values.get(name, "") for before, name in parts)
 
 
 def text_of(record: sources.Record, name: str, key: str) -> str:
     """A field as text; numbers are written out."""
-    value = record.fields.get(name)
-    value = value.item() if isinstance(value, np.generic) else value
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return str(value)
+    number = plain(record.fields.get(name))
+    if isinstance(number, (int, float)) and not isinstance(number, bool):
+        return str(number)
     return sources.field(record, name, key)
 
 
@@ -100,10 +99,7 @@ def plain(value: Any) -> Any:
 
 def read_label(record: sources.Record, task: Task) -> Any:
     """The label of a record: a name, a finite number (regression), or a sorted tuple of names (multi_label)."""
-    check(record.problem is None, f"{record.where}: {record.problem}")
-    known = f" to one of {', '.join(record.fields)}" if record.fields else ""
-    check(task.label in record.fields, f"{record.where}: no field {task.label!r}; set config.data.task.label{known}")
-    value = plain(record.fields[task.label])
+    value = plain(sources.value(record, task.label, "config.data.task.label"))
     if task.objective == "regression":
         try:
             number = float(value)

@@ -5,8 +5,7 @@ rows of the whole global batch and makes only the rows that its devices hold, so
 position (the number of batches taken) depend on how many processes there are.
 """
 
-import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator, Sequence
 
 import grain
 import numpy as np
@@ -34,9 +33,9 @@ def train_loader(rows: Rows, config: Config, own: np.ndarray | slice = slice(Non
     numbers = grain.MapDataset.range(rows.count)
     if data.shuffle:
         numbers = numbers.seed(config.seed).shuffle()  # `repeat` draws a new order for each epoch
-    batches = numbers.repeat().batch(data.batch_size).map_with_index(
-        lambda batch, numbers_B: _batch(rows, numbers_B[own], lambda place, row: (config.seed, TRAINING, batch, place),
-                                        np.arange(len(numbers_B))[own].tolist()))
+    places_b = np.arange(data.batch_size)[own]
+    batches = numbers.repeat().batch(data.batch_size).map_with_index(lambda batch, numbers_B: _batch(
+        rows, numbers_B[own], [(config.seed, TRAINING, batch, place) for place in places_b.tolist()]))
     # Making rows takes well under a millisecond, so a thread would cost more than it hides.
     return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
 
@@ -51,8 +50,9 @@ def eval_batches(rows: Rows, config: Config, own: np.ndarray | slice = slice(Non
     batches = -(-rows.count // size)
     if config.train.eval_batches is not None:
         batches = min(batches, config.train.eval_batches)
-    return (_batch(rows, np.arange(number * size, (number + 1) * size)[own],
-                   lambda place, row: (config.seed, EVALUATION, row)) for number in range(batches))
+    for number in range(batches):
+        numbers_b = np.arange(number * size, (number + 1) * size)[own]
+        yield _batch(rows, numbers_b, [(config.seed, EVALUATION, row) for row in numbers_b.tolist()])
 
 
 def eval_size(config: Config) -> int:
@@ -64,9 +64,7 @@ TRAINING, EVALUATION = 0, 1
 """Parts of the seed of a row's draws."""
 
 
-def _batch(rows: Rows, numbers_b: np.ndarray, seed: Callable[[int, int], tuple[int, ...]], places_b: Iterable[int] = ()
-           ) -> dict[str, np.ndarray]:
-    """Rows of these numbers; `seed` of a row's draws from its place in the global batch and its number."""
-    made = [rows.make(row, np.random.default_rng(seed(place, row)))
-            for place, row in itertools.zip_longest(places_b, numbers_b.tolist(), fillvalue=0)]
+def _batch(rows: Rows, numbers_b: np.ndarray, seeds_b: Sequence[tuple[int, ...]]) -> dict[str, np.ndarray]:
+    """Rows of these numbers, with a seed for the draws of each."""
+    made = [rows.make(row, np.random.default_rng(seed)) for row, seed in zip(numbers_b.tolist(), seeds_b, strict=True)]
     return {key: np.stack([row[key] for row in made]) for key in made[0]}

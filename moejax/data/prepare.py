@@ -145,10 +145,9 @@ def _build(config: Config, folder: Path, say: Callable[[str], None], fingerprint
         order = np.arange(len(lengths[split]))
         if split == "train" and config.data.shuffle:
             order = np.random.default_rng(config.seed).permutation(order)
-        _arrange(folder, split, np.asarray(lengths[split], np.int64), order, _dtype(tokenizer))
-        if task.data == PAIRS:
-            _arrange(folder, f"{split}_target", np.asarray(lengths[f"{split}_target"], np.int64), order,
-                     _dtype(tokenizer))
+        for name in (split, f"{split}_target"):
+            if name in lengths:
+                _arrange(folder, name, np.asarray(lengths[name], np.int64), order, _dtype(tokenizer))
         if task.data == LABELS:
             np.save(folder / f"{split}_labels.npy", _number(task, labels[split], names)[order])
     counts = {split: {"documents": len(lengths[split]), "bytes": text_bytes[split], "tokens": sum(lengths[split]),
@@ -269,7 +268,7 @@ def _tokenise(config: Config, tokenizer: Tokenizer, reader: Reader, folder: Path
       Tokens of each document by name; labels by split; bytes of text by split; the content hash.
     """
     task, dtype = config.data.task, _dtype(tokenizer)
-    names = [f"{split}{part}" for split in SPLITS for part in (("", "_target") if task.data == PAIRS else ("",))]
+    names = [f"{split}{part}" for split in SPLITS for part in ("", "_target") if part == "" or task.data == PAIRS]
     lengths, labels = {name: [] for name in names}, {split: [] for split in SPLITS}
     text_bytes = dict.fromkeys(SPLITS, 0)
     content = hashlib.md5((folder / "tokenizer_config.json").read_bytes(), usedforsecurity=False)
@@ -279,21 +278,21 @@ def _tokenise(config: Config, tokenizer: Tokenizer, reader: Reader, folder: Path
         held_out_text = stack.enter_context(open(folder / "eval.utf8.part", "wb"))
         for batch in _batches(_split(config, reader)):
             texts = [example.text for _, example in batch]
-            framed = ([[tokenizer.separator_id, *ids] for ids in tokenizer.encode_batch(texts)] if task.data == TEXT
-                      else tokenizer.frame_batch(texts))
-            wanted = tokenizer.encode_batch([example.target or "" for _, example in batch if task.data == PAIRS]) or framed
-            for (split, example), ids, target_ids in zip(batch, framed, wanted):
+            parts = {"": [[tokenizer.separator_id, *ids] for ids in tokenizer.encode_batch(texts)] if task.data == TEXT
+                     else tokenizer.frame_batch(texts)}
+            if task.data == PAIRS:
+                targets = tokenizer.encode_batch([example.target for _, example in batch])
+                parts["_target"] = [[*ids, tokenizer.separator_id] for ids in targets]
+            for number, (split, example) in enumerate(batch):
                 data = example.text.encode("utf-8")
                 text_bytes[split] += len(data)
                 if split == "eval":
                     held_out_text.write(data)
                 content.update(f"{split} {len(data)} ".encode() + data)
-                parts = {split: ids} if example.target is None else {
-                    split: ids, f"{split}_target": [*target_ids, tokenizer.separator_id]}
-                for name, part in parts.items():
-                    tokens = np.array(part, dtype)
-                    raw[name].write(tokens)
-                    lengths[name].append(len(tokens))
+                for part, rows in parts.items():
+                    tokens = np.array(rows[number], dtype)
+                    raw[split + part].write(tokens)
+                    lengths[split + part].append(len(tokens))
                     content.update(tokens)
                 if example.label is not None:
                     labels[split].append(example.label)

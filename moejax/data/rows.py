@@ -15,7 +15,7 @@ from moejax.data.tokenizers import Tokenizer
 from moejax.objectives.masked_lm import mask_tokens
 from moejax.objectives.prefix_lm import draw_prefix
 from moejax.objectives.span_corruption import corrupt, draw_spans
-from moejax.task import LABELS, PAIRS, UL2_SPANS, Task, denoisers, num_spans, prefix_of, resolve, window_of
+from moejax.task import LABELS, PAIRS, Task, denoisers, num_spans, prefix_of, resolve, window_of
 
 Row = dict[str, np.ndarray]
 
@@ -53,7 +53,7 @@ def make_rows(stream: TokenStream, tokenizer: Tokenizer, config: Config) -> Rows
     task = resolve(config.data.task, config.model)
     data = dataclasses.replace(config.data, task=task)
     design, both = config.model.architecture, config.model.kind == "encoder_decoder"
-    layout = Layout(both, data.length, data.source_length or data.length, getattr(design, "start_token", 0))
+    layout = Layout(both, data.length, data.encoder_length, getattr(design, "start_token", 0))
     if task.data == LABELS:
         return _with_empty(stream.documents, lambda index, rng: labelled(stream, data.length, index))
     if task.data == PAIRS:
@@ -62,8 +62,8 @@ def make_rows(stream: TokenStream, tokenizer: Tokenizer, config: Config) -> Rows
     separator, window = tokenizer.separator_id, window_of(data, config.model.kind)
     count = num_windows(len(stream.tokens), window)
     check(count > 0, "a data split has fewer than two tokens; take more text in config.data.source")
-    if task.objective in ("prefix_lm", "span_corruption", "ul2") and (both or task.objective != "prefix_lm"):
-        specials = special_ids(tokenizer, task, window, config.model.vocab_size)
+    specials = special_ids(tokenizer, task, window, config.model.vocab_size)
+    if both or denoisers(task):
         return _with_empty(count, lambda index, rng: denoised(np.asarray(
             stream.tokens[index * window:(index + 1) * window], np.int32), task, specials, separator, layout, rng))
     packed = partial(pack, stream.tokens, separator, data.length, data.boundaries)
@@ -71,7 +71,7 @@ def make_rows(stream: TokenStream, tokenizer: Tokenizer, config: Config) -> Rows
         return Rows(count, lambda index, rng: packed(index))
     if task.objective == "prefix_lm":
         return Rows(count, lambda index, rng: with_prefix(packed(index), rng))
-    mask_id, = special_ids(tokenizer, task, window, config.model.vocab_size)
+    mask_id, = specials
     starts_V = tokenizer.word_starts() if task.whole_words else np.ones(tokenizer.vocab_size, bool)
     check(starts_V is not None, f"config.data.task.whole_words: config.data.tokenizer={data.tokenizer} does not tell where "
           "words begin; set it to False")
@@ -101,21 +101,20 @@ def denoised(tokens_N: np.ndarray, task: Task, specials: list[int], end_id: int,
 
     Where spans are cut out documents follow each other without the separators between them, since these end targets.
     """
-    kinds = denoisers(task)
-    choice = int(rng.integers(len(kinds) + 1)) if task.objective == "ul2" else 0
-    rest = task.objective == "prefix_lm" or choice == len(UL2_SPANS)
+    kinds, ul2 = denoisers(task), task.objective == "ul2"
+    choice = int(rng.integers(len(kinds) + 1)) if ul2 else 0
+    rest = choice == len(kinds)  # of a prefix language model there is no other way
     if not rest:
         tokens_N = tokens_N[tokens_N != end_id]
     if len(tokens_N) < 2:
         return pair(tokens_N if len(tokens_N) else np.array([end_id]), np.zeros(0, np.int32), layout)
     if rest:
-        cut = prefix_of(len(tokens_N)) if task.objective == "ul2" else int(rng.integers(1, len(tokens_N)))
-        source, target = tokens_N[:cut], tokens_N[cut:]
-        target = np.append(target, end_id) if task.objective == "ul2" else target
+        cut = prefix_of(len(tokens_N)) if ul2 else int(rng.integers(1, len(tokens_N)))
+        source, target = tokens_N[:cut], np.append(tokens_N[cut:], end_id) if ul2 else tokens_N[cut:]
     else:
         noise_N = draw_spans(len(tokens_N), *num_spans(len(tokens_N), *kinds[choice]), rng)
-        source, target = corrupt(tokens_N, noise_N, specials[3 if task.objective == "ul2" else 0:], end_id)
-    if task.objective == "ul2":
+        source, target = corrupt(tokens_N, noise_N, specials[3 if ul2 else 0:], end_id)
+    if ul2:
         mode = 1 if rest else 0 if choice == 0 else 2
         source = np.concatenate([[specials[mode]], source])
     return pair(source, target, layout)

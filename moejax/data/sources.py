@@ -78,16 +78,21 @@ def records(source: str) -> Iterator[Record]:
     return _from_tfds(source) if source.startswith("tfds:") else _from_files(files(source))
 
 
-def field(record: Record, name: str, key: str) -> str:
-    """A field that holds text. Raises `UserError` with place and reason, and the `key` of the config that names it."""
+def value(record: Record, name: str, key: str) -> Any:
+    """A field. Raises `UserError` with place and reason, and the `key` of the config that names it, if it is not there."""
     check(record.problem is None, f"{record.where}: {record.problem}")
     known = f" to one of {', '.join(record.fields)}" if record.fields else ""
     check(name in record.fields, f"{record.where}: no field {name!r}; set {key}{known}")
-    text = record.fields[name]
+    return record.fields[name]
+
+
+def field(record: Record, name: str, key: str) -> str:
+    """A field that holds text. Raises `UserError` as `value` does, or if it holds none."""
+    text = value(record, name, key)
     if isinstance(text, bytes):
         text = _decode(text, record.where)
     check(isinstance(text, str), f"{record.where}: field {name!r} holds no string; set {key}")
-    check(text.isascii() or not LONE.search(text),
+    check(not _broken(text),
           f"{record.where}: half of a surrogate pair is no text; repair the \\ud... escape in field {name!r}")
     return text
 
@@ -156,9 +161,11 @@ def _from_table(path: Path, delimiter: str) -> Iterator[Record]:
             if names is None:
                 names = [name.removeprefix("\ufeff") for name in row]
             elif row:
-                encoded = all(field.isascii() or not LONE.search(field) for field in row)
-                problem = ("not UTF-8; convert the file to UTF-8" if not encoded else None if len(row) == len(names) else
-                           f"has {len(row)} fields, not the {len(names)} of the first line; repair it")
+                problem = None
+                if any(map(_broken, row)):
+                    problem = "not UTF-8; convert the file to UTF-8"
+                elif len(row) != len(names):
+                    problem = f"has {len(row)} fields, not the {len(names)} of the first line; repair it"
                 yield Record(where, {} if problem else dict(zip(names, row)), problem)
     except csv.Error as error:
         raise UserError(f"{path}, line {rows.line_num}: {error}; repair the line") from error
@@ -202,6 +209,11 @@ def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
         yield from lines
     if tail:
         yield tail
+
+
+def _broken(text: str) -> bool:
+    """Whether there is half of a surrogate pair in it."""
+    return not text.isascii() and bool(LONE.search(text))
 
 
 def _decode(data: bytes, where: str) -> str:

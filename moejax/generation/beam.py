@@ -89,7 +89,7 @@ def _search(model: Transformer, params: Mapping[str, Any], source: Source | None
     batch, length = tokens_BL.shape
     vocab_size = model.model.vocab_size
     row_axis = 1 if model.scan else 0  # of a filled cache: with a scan all layers' lie in one array
-    positions_BL = jnp.maximum(jnp.cumsum(mask_BL, axis=1, dtype=jnp.int32) - 1, 0)
+    memory, positions_BL = cache.read_prompts(model, params, source, tokens_BL, mask_BL, slots, prefix)
 
     def pick(rows_BMX: Array, which_BM: Array) -> Array:
         """Of each row's M entries those at an index."""
@@ -137,9 +137,6 @@ def _search(model: Transformer, params: Mapping[str, Any], source: Source | None
         return Beam(now.step + 1, reordered(memory, pick(parent_BC, chosen_BM)), pick(text_BCN, chosen_BM), live_score_BM,
                     pick(all_text_BCN, kept_BM), done_score_BM, pick(all_length_BC, kept_BM))
 
-    _, memory = cache.extend(model, params, cache.empty(model, batch, length - 1 + slots), tokens_BL[:, :-1],
-                             positions_BL[:, :-1], mask_BL[:, :-1], at=0, source=source,
-                             prefix_BL=mask_BL[:, :-1] if prefix else None)
     none_BM = jnp.full((batch, beams), -jnp.inf)
     texts_BMN = jnp.zeros((batch, beams, slots), jnp.int32)
     end = jax.lax.while_loop(go_on, take_step, Beam(

@@ -80,11 +80,9 @@ def read_source(tokens_BS: np.ndarray, mask_BS: np.ndarray, context: int) -> Sou
     check(int(lengths_B.max()) <= context, f"a row of {lengths_B.max()} tokens is more than the model's context of "
           f"{context} (config.model.max_length); shorten it")
     check(int(lengths_B.min()) > 0, f"row {int(lengths_B.argmin())} of tokens is empty; give it at least one token")
-    length = max(bucket(int(lengths_B.max()), context), tokens_BS.shape[1])
-    shape = prompts.round_up(len(tokens_BS), axes.BATCH_AXES), length
-    order_BS = np.argsort(~mask_BS, axis=1, kind="stable")  # all padding behind the tokens
-    tokens_BS, mask_BS = (prompts.pad_to(np.take_along_axis(a_BS, order_BS, axis=1), shape)
-                          for a_BS in (tokens_BS, mask_BS))
+    rows, length = prompts.round_up(len(tokens_BS), axes.BATCH_AXES), bucket(int(lengths_B.max()), context)
+    tokens_BS, mask_BS = (prompts.pad_to(a_BS, (rows, length))
+                          for a_BS in prompts.pack_right(tokens_BS, mask_BS, length))
     return Source(tokens_BS, prompts.count_positions(mask_BS), mask_BS.astype(np.int32))
 
 

@@ -56,3 +56,21 @@ def extend(model: Transformer, params: Mapping[str, Any], memory: Memory, tokens
                          prefix_BL=prefix_BL, source=source, source_segments_BS=source_segments_BS, cache=memory.layers,
                          at=at, cached_segments_BS=segments_BS)
     return output.logits_BLV, Memory(output.cache, segments_BS, source_segments_BS)
+
+
+def read_prompts(model: Transformer, params: Mapping[str, Any], source: Source | None, tokens_BL: Array, mask_BL: Array,
+                 slots: int, prefix: bool) -> tuple[Memory, Array]:
+    """A memory of all but the last token of prompts, with room for `slots` more, and the positions of all.
+
+    Args:
+      model, params, source: see `extend`.
+      tokens_BL, mask_BL: prompts, padded on the left.
+      slots: new tokens, the last one of the prompts not counted.
+      prefix: whether these tokens see each other in both directions.
+    """
+    positions_BL = jnp.maximum(jnp.cumsum(mask_BL, axis=1, dtype=jnp.int32) - 1, 0)
+    batch, length = tokens_BL.shape
+    # The scores of these tokens are not used, so the compiler leaves their [B, L, V] out.
+    _, memory = extend(model, params, empty(model, batch, length - 1 + slots), tokens_BL[:, :-1], positions_BL[:, :-1],
+                       mask_BL[:, :-1], at=0, source=source, prefix_BL=mask_BL[:, :-1] if prefix else None)
+    return memory, positions_BL

@@ -131,7 +131,7 @@ def decode(model: Transformer, params: Mapping[str, Any], source: Source | None,
     vocab_size = model.model.vocab_size
     keys_B = sampling.row_keys(digests_B2)
     row_B = jnp.arange(batch)
-    positions_BL = jnp.maximum(jnp.cumsum(mask_BL, axis=1, dtype=jnp.int32) - 1, 0)
+    memory, positions_BL = cache.read_prompts(model, params, source, tokens_BL, mask_BL, slots, prefix)
 
     def go_on(now: Progress) -> Array:
         return (now.step < limit) & ~jnp.all(now.done_B)
@@ -155,10 +155,6 @@ def decode(model: Transformer, params: Mapping[str, Any], source: Source | None,
             lengths_B=now.lengths_B + ~now.done_B,
         )
 
-    # The scores of these tokens are not used, so the compiler leaves their [B, L, V] out.
-    _, memory = cache.extend(model, params, cache.empty(model, batch, length - 1 + slots), tokens_BL[:, :-1],
-                             positions_BL[:, :-1], mask_BL[:, :-1], at=0, source=source,
-                             prefix_BL=mask_BL[:, :-1] if prefix else None)
     end = jax.lax.while_loop(go_on, take_step, Progress(
         step=jnp.zeros((), jnp.int32),
         token_B=tokens_BL[:, -1],

@@ -64,6 +64,11 @@ def pack_left(tokens_BL: np.ndarray, mask_BL: np.ndarray, length: int) -> tuple[
                  for a_BL in (tokens_BL, mask_BL))
 
 
+def pack_right(tokens_BL: np.ndarray, mask_BL: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """As `pack_left`, with all padding on the right."""
+    return tuple(a_BL[:, ::-1] for a_BL in pack_left(tokens_BL[:, ::-1], mask_BL[:, ::-1], length))
+
+
 def unbroken(mask_BL: np.ndarray) -> bool:
     """Whether the real tokens of every row lie one behind the other."""
     return bool((np.abs(np.diff(mask_BL.astype(int), axis=1, prepend=0, append=0)).sum(axis=1) <= 2).all())

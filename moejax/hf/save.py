@@ -95,7 +95,7 @@ def computed(model: ModelConfig, moe: MoEConfig) -> dict[str, Any]:
         del own[f"model.{name}"]
     own["moe.every"] = sparse
     if model.kind == "encoder_decoder":
-        own["model.encoder_layers"] = model.encoder_layers or model.layers
+        own["model.encoder_layers"] = stacks.trunks(model)[0].layers
     del own["model.architecture.encoder_sparse_blocks"]  # told by `sparse`
     if model.head != "tokens":
         for name in ("tie_embeddings", "architecture.head_bias", "architecture.head_layer"):

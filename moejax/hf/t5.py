@@ -6,7 +6,7 @@ from moejax.architecture import GATED
 from moejax.config import ModelConfig, MoEConfig
 from moejax.hf.family import REQUIRED, Family, Options
 from moejax.hf.tensors import Tensor
-from moejax.models.stacks import kinds, trunk_kinds, trunks
+from moejax.models.stacks import Trunk, kinds, trunk_kinds, trunks
 
 SIZES = {"vocab_size": "vocab_size", "d_model": "embed", "d_kv": "head_dim", "d_ff": "ffn", "num_heads": "heads",
          "num_layers": "encoder_layers", "layer_norm_epsilon": "norm_eps",
@@ -82,7 +82,8 @@ def write_model(model: ModelConfig) -> dict[str, Any]:
     """What `read_model` reads."""
     design = model.architecture
     written = {theirs: getattr(design if ours in IN_ARCHITECTURE else model, ours) for theirs, ours in SIZES.items()}
-    return written | {"num_layers": model.encoder_layers or model.layers, "num_decoder_layers": model.layers,
+    encoder, decoder = trunks(model)
+    return written | {"num_layers": encoder.layers, "num_decoder_layers": decoder.layers,
                       "n_positions": model.max_length, "decoder_start_token_id": design.start_token,
                       "is_encoder_decoder": True}
 
@@ -96,20 +97,20 @@ def write_t5(model: ModelConfig, moe: MoEConfig) -> dict[str, Any]:
 
 def write_switch(model: ModelConfig, moe: MoEConfig) -> dict[str, Any]:
     """See `Family.write`."""
-    def spread(side: str, blocks: list[int], layers: int) -> dict[str, int]:
+    def spread(side: str, trunk: Trunk) -> dict[str, int]:
         """Blocks 1, 1 + step, ...; of step 1 all. There is no way to say that none is sparse."""
-        step = blocks[1] - blocks[0] if len(blocks) > 1 else layers
-        return {f"num_sparse_{side}_layers": layers // step, f"{side}_sparse_step": step}
+        blocks = [i for i, kind in enumerate(trunk_kinds(model, moe, trunk)) if kind.sparse]
+        step = blocks[1] - blocks[0] if len(blocks) > 1 else trunk.layers
+        return {f"num_sparse_{side}_layers": trunk.layers // step, f"{side}_sparse_step": step}
 
     if moe.capacity_places is None:
         raise ValueError("Switch always has a capacity")
-    encoder, decoder = ([i for i, kind in enumerate(trunk_kinds(model, moe, trunk)) if kind.sparse]
-                        for trunk in trunks(model))
+    encoder, decoder = trunks(model)
     return write_model(model) | {
         "dense_act_fn": model.architecture.activation, "tie_word_embeddings": model.tie_embeddings,
         "num_experts": moe.num_experts, "expert_capacity": moe.capacity_places, "router_jitter_noise": moe.jitter,
         "router_aux_loss_coef": moe.balance_weight, "router_z_loss_coef": moe.z_weight,
-        **spread("encoder", encoder, model.encoder_layers or model.layers), **spread("decoder", decoder, model.layers)}
+        **spread("encoder", encoder), **spread("decoder", decoder)}
 
 
 def attention(disk: str, path: str, layer: int) -> Iterator[Tensor]:

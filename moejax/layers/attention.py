@@ -33,7 +33,7 @@ class Cache:
 
 
 @struct.dataclass
-class Source:
+class Encoded:
     """What a decoder sees of an encoder.
 
     Attributes:
@@ -54,7 +54,7 @@ class Sight:
       visible: by kind of attention, bool [B, L, S]: the keys that a token sees.
       temperature_BL: factor on the queries of unrotated blocks, or None.
       bias_BQLS: what distance adds to the scores, float32, or None; B is 1 if it is the same for all rows.
-      source: what else they see, or None.
+      encoded: what else they see, or None.
       causal: whether no token sees one in a later slot.
     """
 
@@ -63,7 +63,7 @@ class Sight:
     visible: dict[str, Array]
     temperature_BL: Array | None = None
     bias_BQLS: Array | None = None
-    source: Source | None = None
+    encoded: Encoded | None = None
     causal: bool = struct.field(pytree_node=False, default=True)
 
 

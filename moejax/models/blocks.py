@@ -69,7 +69,7 @@ class Block(nn.Module):
         if self.kind.cross:
             cross_norm = make_norm(design.norm, model.norm_eps, "cross_norm")
             cross = CrossAttention(model, out_scale, self.dtype, name="cross_attention")
-            y_BLD, cache = cross(enter(cross_norm, x_BLD), sight.source, cache)
+            y_BLD, cache = cross(enter(cross_norm, x_BLD), sight.encoded, cache)
             x_BLD = leave(cross_norm, x_BLD, y_BLD, cross_key)
 
         h_BLD = enter(feed_forward_norm, x_BLD)

@@ -87,4 +87,4 @@ def training_flops(config: Config) -> float:
 def row_lengths(config: Config) -> tuple[int, int]:
     """Tokens that a row has for the last trunk, and for an encoder before it."""
     both = config.model.kind == "encoder_decoder"
-    return config.data.length, (config.data.source_length or config.data.length) if both else 0
+    return config.data.length, config.data.encoder_length if both else 0

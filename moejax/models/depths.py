@@ -49,14 +49,14 @@ class DepthRouted(nn.Module):
 
             def seen(visible_BLS: Array) -> Array:
                 return visible_BLS & on_BS[:, None]
-        bias_BQLS, source = sight.bias_BQLS, sight.source
+        bias_BQLS, encoded = sight.bias_BQLS, sight.encoded
         if bias_BQLS is not None:
             bias_BQLS = jnp.broadcast_to(bias_BQLS, (batch, *bias_BQLS.shape[1:]))
             columns = (lambda b_QCS, place: b_QCS[:, :, place]) if cache is None else (lambda b_QCS, place: b_QCS)
             bias_BQLS = jax.vmap(lambda b_QLS, place: columns(b_QLS[:, place], place))(bias_BQLS, place_BC)
-        there = jax.tree.map(take, sight.replace(visible={}, bias_BQLS=None, source=None)).replace(
+        there = jax.tree.map(take, sight.replace(visible={}, bias_BQLS=None, encoded=None)).replace(
             visible=jax.tree.map(seen, sight.visible), bias_BQLS=bias_BQLS,
-            source=None if source is None else source.replace(visible_BLS=take(source.visible_BLS)))
+            encoded=None if encoded is None else encoded.replace(visible_BLS=take(encoded.visible_BLS)))
         x_BCD = take(x_BLD)
         y_BCD, carry_TC, _, cache = self.block(name="block")(x_BCD, carry_TC, {}, None, cache, there, at, context)
         change_BCD = (take(weight_BL) * take(on_BL))[..., None].astype(x_BLD.dtype) * (y_BCD - x_BCD)

@@ -5,14 +5,14 @@ from jax import Array
 
 from moejax.architecture import Architecture
 from moejax.config import ModelConfig
-from moejax.layers.attention import Sight, Source
+from moejax.layers.attention import Encoded, Sight
 from moejax.layers.rotary import angles
 from moejax.models.stacks import Trunk
 
 
 def look(model: ModelConfig, trunk: Trunk, positions_BL: Array, segments_BL: Array,
          cached_segments_BS: Array | None = None, at: Array | None = None, prefix_BL: Array | None = None,
-         source: Source | None = None) -> Sight:
+         encoded: Encoded | None = None) -> Sight:
     """Where the tokens of a batch stand and what they see; see `Transformer` for the arguments."""
     design = model.architecture
     cos = sin = temperature_BL = None
@@ -23,7 +23,7 @@ def look(model: ModelConfig, trunk: Trunk, positions_BL: Array, segments_BL: Arr
         passed_BL = jnp.floor((positions_BL + 1.0) / design.temperature_floor)
         temperature_BL = 1 + design.temperature_scale * jnp.log1p(passed_BL)
     seen = visibility(design, trunk.causal, positions_BL, segments_BL, cached_segments_BS, at, prefix_BL)
-    return Sight(cos, sin, seen, temperature_BL, source=source, causal=trunk.causal and prefix_BL is None)
+    return Sight(cos, sin, seen, temperature_BL, encoded=encoded, causal=trunk.causal and prefix_BL is None)
 
 
 def distances(length: int, keys: int, at: Array | None) -> Array:

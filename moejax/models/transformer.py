@@ -14,8 +14,7 @@ from jax.sharding import PartitionSpec
 from moejax import axes, sharding, task
 from moejax.architecture import Architecture
 from moejax.config import Config, ModelConfig, MoEConfig, build_group, check
-from moejax.layers import attention
-from moejax.layers.attention import Cache
+from moejax.layers.attention import Cache, Encoded
 from moejax.layers.embedding import Embedding
 from moejax.layers.mlp import PLAIN_ONES
 from moejax.layers.norm import make_norm
@@ -110,17 +109,17 @@ class Transformer(nn.Module):
         embedding = Embedding(model, self.dtype, name="embedding")
         totals = totals or count_totals(segments_BL, None if source is None else source.segments_BS)
         *before, own = trunks(model)
-        seen, records = None, {}
+        encoded, records = None, {}
         if before:
             x_BSD, segments_BS = None, source_segments_BS
             if source is not None:
                 segments_BS = source.segments_BS
                 x_BSD, records, _ = self.run(before[0], embedding(source.tokens_BS, source.positions_BS), source.tokens_BS,
                                              source.positions_BS, segments_BS, router_state, train, totals, wholes)
-            seen = attention.Source(x_BSD, segments_BL[:, :, None] == segments_BS[:, None, :])
+            encoded = Encoded(x_BSD, segments_BL[:, :, None] == segments_BS[:, None, :])
         x_BLD, own_records, cache = self.run(
             own, embedding(tokens_BL, positions_BL, types_BL), tokens_BL, positions_BL, segments_BL, router_state, train,
-            totals, wholes, prefix_BL, seen, cache, at, cached_segments_BS)
+            totals, wholes, prefix_BL, encoded, cache, at, cached_segments_BS)
         records |= own_records
         if model.head == "tokens":
             head_BLD = embedding.before_head(x_BLD)
@@ -130,14 +129,14 @@ class Transformer(nn.Module):
 
     def run(self, trunk: Trunk, x_BLD: Array, tokens_BL: Array, positions_BL: Array, segments_BL: Array,
             router_state: Mapping[str, Any], train: bool, totals: Mapping[str, Totals], wholes: Mapping[str, Any] | None,
-            prefix_BL: Array | None = None, source: attention.Source | None = None, cache: Mapping[str, Any] | None = None,
+            prefix_BL: Array | None = None, encoded: Encoded | None = None, cache: Mapping[str, Any] | None = None,
             at: Array | None = None, cached_segments_BS: Array | None = None) -> tuple[Array, dict, dict | None]:
         """Passes vectors through the stacks of a trunk: returns [B, L, D], records and caches."""
         model, mesh = self.model, sharding.current_mesh()
         shards = 1 if mesh is None else sharding.size(mesh, axes.BATCH_AXES)
         context = RoutingContext(tokens_BL.reshape(-1), segments_BL.reshape(-1) > 0, totals[trunk.prefix], whole=None,
                                  carry_TC=None, key=None, sequences=tokens_BL.shape[0], shards=shards, train=train)
-        sight = look(model, trunk, positions_BL, segments_BL, cached_segments_BS, at, prefix_BL, source)
+        sight = look(model, trunk, positions_BL, segments_BL, cached_segments_BS, at, prefix_BL, encoded)
         if model.architecture.positions == "relative":
             keys = segments_BL if cached_segments_BS is None else cached_segments_BS
             bias = RelativeBias(model, trunk.causal, name=f"{trunk.prefix}relative_bias")

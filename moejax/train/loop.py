@@ -25,7 +25,6 @@ from moejax.metrics.record import Recorder, loss_summary, routing_summary, total
 from moejax.models.count import row_lengths, training_flops
 from moejax.models.transformer import Transformer, build, in_head, in_order
 from moejax.sharding import flat
-from moejax.task import OBJECTIVES
 from moejax.train.benchmark import matmul_ceiling
 from moejax.train.progress import Progress, duration
 from moejax.train.setup import Setup, describe, set_up
@@ -211,7 +210,7 @@ def run_evaluation(setup: Setup, prepared: Prepared, params: Any, router_state: 
     result = evaluate(setup.eval_step, params, router_state, map(setup.put, batches))
     seconds = time.monotonic() - begin
     record = {"step": step, "split": "eval", **result.means}
-    if OBJECTIVES[config.data.task.objective].head == "tokens":
+    if config.data.task.head == "tokens":
         record["perplexity"] = float(np.exp(min(result.means["loss"], 700.0)))
     else:
         record |= label_metrics(config.data.task.objective, result.scores, result.labels)

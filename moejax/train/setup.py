@@ -18,7 +18,6 @@ from moejax.moe.routing import get_router
 from moejax.objectives.chunked import over_chunks
 from moejax.objectives.classes import classification, multi_label, regression
 from moejax.objectives.cross_entropy import cross_entropy
-from moejax.task import OBJECTIVES
 from moejax.train.optimizer import make_optimizer
 from moejax.train.state import TrainState, initialise, state_shardings
 from moejax.train.step import Functions, train_step
@@ -87,7 +86,7 @@ def set_up(config: Config) -> Setup:
         initialise=lambda: jax.jit(start, out_shardings=shardings)(jax.random.PRNGKey(config.seed)),
         train_step=step,
         eval_step=make_eval_step(functions.forward, functions.objective, everywhere, options,
-                                 with_scores=OBJECTIVES[config.data.task.objective].head == "classes"),
+                                 with_scores=config.data.task.head == "classes"),
         rows=partial(sharding.batch_rows, mesh),
         put=partial(sharding.put_batch, mesh))
 
@@ -95,7 +94,7 @@ def set_up(config: Config) -> Setup:
 def make_functions(config: Config, model: transformer.Transformer) -> Functions:
     """The model, objective and router update of a config as the plain functions that a step takes."""
     task = config.data.task
-    by_token = OBJECTIVES[task.objective].head == "tokens"
+    by_token = task.head == "tokens"
 
     def forward(params: Any, router_state: Any, batch: Mapping[str, Array], train: bool = False,
                 key: Array | None = None, totals: Any = None, wholes: Any = None) -> tuple[Array, Any]:
@@ -134,7 +133,7 @@ def check_batches(config: Config, mesh: Mesh) -> None:
                                                    if parts > 1 else ""))
     sharding.divisible(data.eval_batch_size or data.batch_size, mesh, axes.BATCH_AXES, "config.data.eval_batch_size")
     sharding.divisible(data.length, mesh, (axes.CONTEXT,), "config.data.length")
-    sharding.divisible(data.source_length or data.length, mesh, (axes.CONTEXT,), "config.data.source_length")
+    sharding.divisible(data.encoder_length, mesh, (axes.CONTEXT,), "config.data.source_length")
 
 
 def describe(setup: Setup) -> str:
