@@ -41,6 +41,8 @@ def train(config: Config, workdir: Path) -> None:
     with processes.same_fate():
         if jax.process_index() == 0:
             print(comparison(finished.evaluation, finished.prepared))
+            if finished.tuning.patience is not None and finished.best.step not in (None, finished.step):
+                print(f"{finished.best.said(finished.tuning)}; --step={finished.best.step} takes it")
     if config.train.sample_prompt:
         say(sample(config, finished))
     say(f"done: {workdir}/config.json, metrics.jsonl, tensorboard/, checkpoints/ (step {finished.step}), data/")
@@ -54,7 +56,7 @@ def evaluate(config: Config | None, workdir: Path, step: int | None) -> None:
     with processes.same_fate():
         setup = set_up(config_of_run(config, workdir))
         prepared = load_prepared(workdir / "data")
-        restored = load_sharded(workdir, setup.model, setup.mesh, step)
+        restored = load_sharded(workdir, setup.mesh, step)
     variables = restored.items["model"]
     with jax.set_mesh(setup.mesh):
         record = loop.run_evaluation(setup, prepared, variables["params"], variables["router"], restored.step)
@@ -83,7 +85,7 @@ def generate(config: Config | None, workdir: Path, step: int | None, prompts: Se
         else:
             setup = set_up(config)
             model, mesh = setup.model, setup.mesh
-            variables = load_sharded(workdir, model, mesh, step).items["model"]
+            variables = load_sharded(workdir, mesh, step).items["model"]
         texts = continuations(model, variables, mesh, tokenizer, config, prompts, **options)
     for prompt, text in zip(prompts, texts):
         say(text if answers(config.data.task) else prompt + text)

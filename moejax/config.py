@@ -179,7 +179,7 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """The loop, its precision and its loss."""
+    """The loop and its precision."""
 
     steps: int = key(1000, "optimizer steps in all", low=1, free=True)
     init_from: str | None = key(None, "workdir whose newest checkpoint gives the parameters to start from, all but a head "
@@ -197,8 +197,8 @@ class TrainConfig:
     scan_layers: bool = key(True, "scan over equal blocks (fast to compile) rather than run them one by one", free=True)
     loss_chunk: int | None = key(512, "tokens whose logits a device holds at once; None for all of its batch", low=1,
                                  free=True)
-    label_smoothing: float = key(0.0, "share of the target's probability spread over the vocabulary", low=0, high=1)
-    head_z_weight: float = key(0.0, "weight of the squared log-normaliser of the output softmax", low=0)
+    finetune: Any = key(None, "how a trained model is trained on: what moves and how fast, adapters, when to stop, options "
+                        "by name; python -m moejax.finetune lists them")
     sample_prompt: str = key("", "prompt of the text that is sampled when training ends; empty samples none", free=True)
     sample_tokens: int = key(64, "new tokens of that sample", low=1, free=True)
 
@@ -291,12 +291,13 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def fields(kind: type | None = None, prefix: str = "") -> dict[str, dataclasses.Field]:
-    """Every key of a dataclass of `key` fields, groups within it included, by its dotted name; None takes `Config`."""
+def fields(kind: Any = None, prefix: str = "") -> dict[str, dataclasses.Field]:
+    """Every `key` of a dataclass and groups within it by dotted name; None takes `Config`. Of a config also its options."""
     found = {}
     for field in dataclasses.fields(kind or Config):
-        name = prefix + field.name
-        found |= fields(field.type, f"{name}.") if dataclasses.is_dataclass(field.type) else {name: field}
+        name, value = prefix + field.name, getattr(kind, field.name, None)
+        group = value if dataclasses.is_dataclass(value) else field.type
+        found |= fields(group, f"{name}.") if dataclasses.is_dataclass(group) else {name: field}
     return found
 
 
@@ -377,7 +378,7 @@ def changed(old: Config, new: Config) -> tuple[list[str], list[str]]:
     What an older version did not know, and so left open, differs from nothing.
     """
     old_flat, new_flat = flatten(to_dict(old)), flatten(to_dict(new))
-    known = fields()
+    known = fields(new)
     unknown = [f"moe.{name}" for name in ROUTED if old_flat[f"moe.{name}"] == AUTO]
     differing = [name for name in new_flat if name not in unknown and old_flat.get(name, new_flat[name]) != new_flat[name]]
     free = [name for name in differing if name in known and known[name].metadata["free"]]

@@ -20,7 +20,7 @@ from moejax.config import Config, UserError, check, nearest
 
 MODES = ("train", "eval", "generate", "benchmark", "shardings")
 CONFIG_PREFIX = "config."
-OPTIONS_PREFIXES = ("config.moe.options.", "config.model.architecture.", "config.data.task.")
+OPTIONS_PREFIXES = ("config.moe.options.", "config.model.architecture.", "config.data.task.", "config.train.finetune.")
 INTERRUPTED = 130
 """The exit status after Ctrl-C, as shells have it."""
 
@@ -33,6 +33,7 @@ is the config.json of a workdir.
 --config.moe.router=NAME takes another router, --config.moe.options.NAME=VALUE sets one of its own options: python -m
 moejax.moe.routing lists the routers, python -m moejax.moe.routing NAME what one of them sets
 --config.data.task.objective=NAME takes another objective: python -m moejax.task lists them and their options
+--config.train.init_from=DIR starts from another run: python -m moejax.finetune lists options of what moves then
 
 modes
   train      (the default) train, or go on if DIR holds a run; Ctrl-C saves, and the same command goes on

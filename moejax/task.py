@@ -61,6 +61,9 @@ class Task:
                                          "of the training records, sorted")
     class_weights: tuple[float, ...] | None = key(None, "classification: weight of each label in the loss; None weighs "
                                                   "all alike", low=0)
+    label_smoothing: float = key(0.0, "tokens and one label of several: share of the target's probability that is spread "
+                                 "over all", low=0, high=1)
+    head_z_weight: float = key(0.0, "tokens: weight of the squared log-normaliser of the output softmax", low=0)
     mask_rate: float = key(0.15, "masked_lm: share of the tokens that are to be told", low=0, high=1)
     whole_words: bool = key(False, "masked_lm: choose words with all their tokens")
     noise_density: float = key(0.15, "span_corruption: share of the tokens that is cut out", low=0.01, high=0.9)
@@ -75,6 +78,15 @@ class Task:
     def head(self) -> str:
         """The `config.model.head` that the objective trains."""
         return OBJECTIVES[self.objective].head
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """What an evaluation measures in one number."""
+        if self.data != LABELS:
+            return ("loss", "perplexity", "accuracy") + (("bits_per_byte",) if self.objective == "next_token" else ())
+        return {"classification": ("loss", "accuracy", "f1_macro", "f1_micro", "matthews"),
+                "multi_label": ("loss", "accuracy", "f1_macro", "f1_micro"),
+                "regression": ("loss", "spearman", "pearson")}[self.objective]
 
 
 def resolve(given: "Task | dict | None", model: ModelConfig) -> Task:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from moejax import config as config_lib
 from moejax.architecture import Architecture
 from moejax.config import Config, UserError, build, default
+from moejax.finetune import Finetune
 from moejax.models import transformer
 from moejax.task import Task
 
@@ -83,3 +84,5 @@ def test_the_page_of_keys_is_up_to_date():
     assert options in page.read_text(), "run: python -m moejax.architecture, and paste the table into docs/config.md"
     assert config_lib.table(Task, "config.data.task.") in page.read_text(), (
         "run: python -m moejax.task, and paste the table into docs/config.md")
+    assert config_lib.table(Finetune, "config.train.finetune.") in page.read_text(), (
+        "run: python -m moejax.finetune, and paste the table into docs/config.md")

@@ -6,11 +6,13 @@ import pathlib
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
-LEAVES = {"axes", "architecture", "config", "moe.types", "task"}
+LEAVES = {"axes", "architecture", "config", "finetune", "matrices", "moe.types", "task"}
 MAY_IMPORT = {
     "axes": set(),
     "architecture": set(),
     "task": set(),
+    "finetune": set(),
+    "matrices": set(),
     "allocator": set(),
     "compiler_options": set(),
     "processes": set(),
@@ -41,6 +43,7 @@ MAY_IMPORT = {
     "train.optimizer": {"sharding"},
     "train.state": {"sharding"},
     "train.step": {"objectives", "train.optimizer", "train.state"},
+    "train.best": set(),
     "train": {"compiler_options", "processes", "sharding", "models", "moe.routing", "objectives", "data", "checkpoint",
               "evaluation", "metrics"},
     "hf": {"sharding", "models", "moe.routing", "evaluation", "checkpoint", "data"},

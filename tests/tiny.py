@@ -6,8 +6,10 @@ import numpy as np
 
 from moejax import config as config_lib
 from moejax.config import Config
-from moejax.models import transformer
-from moejax.train.optimizer import matrix_axes
+from moejax.matrices import matrix_axes
+from moejax.models import adapters, transformer
+from moejax.train.moving import moving
+from moejax.train.setup import make_functions
 
 
 def tiny_config(**changes) -> Config:
@@ -54,6 +56,14 @@ def tiny_model(config: Config, seed: int = 0):
 
     params = jax.tree.map(draw, shapes, logical)
     return model, params, transformer.initial_router_state(model.model, model.moe)
+
+
+def tiny_functions(config: Config, model: transformer.Transformer):
+    """What a train step is made of, and the parameters that move."""
+    shapes, logical = transformer.abstract_params(model)
+    _, all_logical = adapters.abstract(shapes, logical, config.train.finetune)
+    chosen = moving(config.train.finetune, config.model, config.moe, all_logical)
+    return make_functions(config, model, chosen, logical), chosen
 
 
 def relative_errors(got, wanted) -> dict[str, float]:

@@ -9,9 +9,6 @@ import orbax.checkpoint as ocp
 
 from moejax.config import check
 
-BEST_METRIC = "loss"
-"""The checkpoint whose evaluation had the lowest value of this is kept beside the newest."""
-
 
 class Restored(NamedTuple):
     """What was read of a checkpoint: its step, the items asked for, and the position in the data."""
@@ -28,32 +25,34 @@ class Store:
       workdir: of the run.
       keep: newest checkpoints to keep.
       read_only: write nothing, not even the folder.
+      metric: of evaluations; the checkpoint with the best value is kept beside the newest.
+      lower: whether the lowest value is the best.
     """
 
-    def __init__(self, workdir: Path, keep: int = 2, read_only: bool = False):
+    def __init__(self, workdir: Path, keep: int = 2, read_only: bool = False, metric: str = "loss", lower: bool = True):
         self.folder = (workdir / "checkpoints").absolute()
+        self._metric, self._worst = metric, math.inf if lower else -math.inf
         managers = ocp.checkpoint_managers
-        best = managers.BestN(n=1, get_metric_fn=_metric, reverse=True)
+        best = managers.BestN(n=1, get_metric_fn=self._value, reverse=lower)
         # Without best_fn Orbax would not write the metrics, and a continued run would forget which checkpoint is best.
         # Its own read_only is not used, for it warns on stderr each time; with these options it writes nothing either.
         self._manager = ocp.CheckpointManager(self.folder, options=ocp.CheckpointManagerOptions(
-            preservation_policy=managers.AnyPreservationPolicy([managers.LatestN(keep), best]), best_fn=_metric,
-            best_mode="min", create=not read_only, cleanup_tmp_directories=not read_only))
+            preservation_policy=managers.AnyPreservationPolicy([managers.LatestN(keep), best]), best_fn=self._value,
+            best_mode="min" if lower else "max", create=not read_only, cleanup_tmp_directories=not read_only))
 
-    def save(self, step: int, items: Mapping[str, Any], data: dict[str, Any], metrics: dict[str, float] | None) -> None:
+    def save(self, step: int, items: Mapping[str, Any], data: dict[str, Any], value: float | None) -> None:
         """Starts writing a checkpoint; returns as soon as the arrays are copied, so they may be donated.
 
         Args:
           step: optimizer steps done.
           items: trees of arrays by name.
           data: position in the data, ready for JSON.
-          metrics: of an evaluation at this step, if there was one; otherwise, and if its loss is not a number, the
+          value: of the metric in an evaluation at this step, if there was one; otherwise, and if it is not a number, the
             checkpoint is never the best.
         """
-        loss = (metrics or {}).get(BEST_METRIC, math.inf)
         arrays = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
         self._manager.save(step, args=ocp.args.Composite(**arrays, data=ocp.args.JsonSave(data)),
-                           metrics={BEST_METRIC: math.inf if math.isnan(loss) else loss})
+                           metrics={self._metric: self._worst if value is None or math.isnan(value) else value})
 
     def steps(self) -> list[int]:
         """Complete checkpoints, oldest first."""
@@ -82,9 +81,8 @@ class Store:
         self._manager.wait_until_finished()
         self._manager.close()
 
-
-def _metric(metrics: Mapping[str, float]) -> float:
-    return metrics[BEST_METRIC]
+    def _value(self, metrics: Mapping[str, float]) -> float:
+        return metrics.get(self._metric, self._worst)
 
 
 def place(shapes: Any, shardings: Any) -> Any:

@@ -1,5 +1,6 @@
 """Models from the folder of a run."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,8 @@ from jax.sharding import Mesh
 
 from moejax import sharding
 from moejax.checkpoint import Restored, Store, place, read_config
-from moejax.models import transformer
+from moejax.finetune import PLAIN, Finetune
+from moejax.models import adapters, transformer
 
 
 def load(workdir: str | Path, step: int | None = None) -> tuple[transformer.Transformer, Any]:
@@ -25,30 +27,47 @@ def load(workdir: str | Path, step: int | None = None) -> tuple[transformer.Tran
       UserError: no run or no checkpoint there.
     """
     workdir = Path(workdir)
-    model = transformer.build(read_config(workdir))
-    shapes, _ = abstract_variables(model)
+    model, options = model_of(workdir)
+    shapes, _ = abstract_variables(model, options)
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return model, restore(workdir, jax.tree.map(lambda _: here, shapes), model, step).items["model"]
+    return model, restore(workdir, jax.tree.map(lambda _: here, shapes), step).items["model"]
 
 
-def abstract_variables(model: transformer.Transformer) -> tuple[Any, Any]:
-    """Shapes and logical axes of a model's variables; router state is small and has no axes to split."""
-    shapes, logical = transformer.abstract_params(model)
+def model_of(workdir: Path) -> tuple[transformer.Transformer, Finetune]:
+    """The model of a workdir's config, and with which adapters it is stored. Raises `UserError` as `read_config` does."""
+    config = transformer.resolve(read_config(workdir))
+    return transformer.build(config), config.train.finetune
+
+
+def abstract_variables(model: transformer.Transformer, options: Finetune = PLAIN) -> tuple[Any, Any]:
+    """Shapes and logical axes of a model's variables; router state is small and has no axes to split.
+
+    With adapters, if the options ask for some.
+    """
+    shapes, logical = adapters.abstract(*transformer.abstract_params(model), options)
     state = jax.eval_shape(lambda: transformer.initial_router_state(model.model, model.moe))
     return ({"params": shapes, "router": state},
             {"params": logical, "router": jax.tree.map(lambda a: (None,) * a.ndim, state)})
 
 
-def load_sharded(workdir: Path, model: transformer.Transformer, mesh: Mesh, step: int | None = None) -> Restored:
-    """Reads the variables of a model (item "model") straight to where they belong on a mesh."""
-    _, logical = abstract_variables(model)
-    return restore(workdir, sharding.shardings(logical, mesh), model, step)
+def load_sharded(workdir: Path, mesh: Mesh, step: int | None = None) -> Restored:
+    """Reads the variables of a workdir's model (item "model") straight to where they belong on a mesh."""
+    _, logical = abstract_variables(*model_of(workdir))
+    return restore(workdir, sharding.shardings(logical, mesh), step)
 
 
-def restore(workdir: Path, shardings: Any, model: transformer.Transformer, step: int | None) -> Restored:
-    """Reads the item "model" of a checkpoint with the given shardings."""
+def restore(workdir: Path, shardings: Any, step: int | None) -> Restored:
+    """Reads the item "model" of a checkpoint with the given shardings, and adds adapters to the matrices."""
+    model, options = model_of(workdir)
     store = Store(workdir, read_only=True)
     try:
-        return store.restore({"model": place(abstract_variables(model)[0], shardings)}, step)
+        read = store.restore({"model": place(abstract_variables(model, options)[0], shardings)}, step)
     finally:
         store.close()
+    variables = read.items["model"]
+    if adapters.ADAPTERS in variables["params"]:
+        _, logical = transformer.abstract_params(model)
+        plain = {name: tree for name, tree in shardings["params"].items() if name != adapters.ADAPTERS}
+        merge = jax.jit(partial(adapters.merge, logical, options), out_shardings=plain)
+        variables = {**variables, "params": merge(variables["params"])}
+    return read._replace(items={"model": variables})

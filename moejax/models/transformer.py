@@ -11,7 +11,7 @@ from flax import struct
 from jax import Array
 from jax.sharding import PartitionSpec
 
-from moejax import axes, sharding, task
+from moejax import axes, finetune, sharding, task
 from moejax.architecture import Architecture
 from moejax.config import Config, ModelConfig, MoEConfig, build_group, check
 from moejax.layers.attention import Cache, Encoded
@@ -197,7 +197,8 @@ def resolve(config: Config) -> Config:
     """
     moe = routing.resolve(config.moe)
     data = dataclasses.replace(config.data, task=task.resolve(config.data.task, config.model))
-    config = dataclasses.replace(config, moe=moe, model=resolve_model(config.model), data=data)
+    train = dataclasses.replace(config.train, finetune=finetune.resolve(config.train.finetune, data.task.metrics))
+    config = dataclasses.replace(config, moe=moe, model=resolve_model(config.model), data=data, train=train)
     objective, kind = task.OBJECTIVES[data.task.objective], config.model.kind
     check(kind in objective.kinds and config.model.head in (objective.head, "none"), "config.data.task.objective="
           f"{data.task.objective} needs config.model.kind={' or '.join(objective.kinds)} and config.model.head="

@@ -21,11 +21,14 @@ from moejax.data.rows import make_rows
 from moejax.evaluation.labels import label_metrics
 from moejax.evaluation.load import load_sharded
 from moejax.evaluation.perplexity import bits_per_byte, evaluate
+from moejax.finetune import Finetune
 from moejax.metrics.record import Recorder, loss_summary, routing_summary, total_records
+from moejax.models.adapters import ADAPTERS
 from moejax.models.count import row_lengths, training_flops
 from moejax.models.transformer import Transformer, build, in_head, in_order
 from moejax.sharding import flat
 from moejax.train.benchmark import matmul_ceiling
+from moejax.train.best import Best
 from moejax.train.progress import Progress, duration
 from moejax.train.setup import Setup, describe, set_up
 from moejax.train.state import TrainState
@@ -38,6 +41,8 @@ class Finished(NamedTuple):
       step: optimizer steps done.
       stopped: whether a signal ended it before its last step.
       evaluation: the last evaluation record, or None.
+      best: the best evaluation of the run.
+      tuning: which says what the best is.
       prepared: its data.
       model: what was trained.
       mesh: where.
@@ -47,6 +52,8 @@ class Finished(NamedTuple):
     step: int
     stopped: bool
     evaluation: dict[str, Any] | None
+    best: Best
+    tuning: Finetune
     prepared: Prepared
     model: Transformer
     mesh: Mesh
@@ -69,7 +76,8 @@ def train(config: Config, workdir: Path) -> Finished:
     if chief:
         print(describe(setup), flush=True)
     recorder = Recorder(workdir) if chief else None
-    store = Store(workdir, config.train.keep)
+    tuning = setup.config.train.finetune
+    store = Store(workdir, config.train.keep, metric=tuning.metric, lower=tuning.lower)
     try:
         with jax.set_mesh(setup.mesh), stop_on_signal() as stop_requested:
             return _run(setup, prepared, store, recorder, stop_requested)
@@ -115,18 +123,20 @@ def content_of_run(workdir: Path) -> str | None:
 def _run(setup: Setup, prepared: Prepared, store: Store, recorder: Recorder | None,
          stop_requested: Callable[[], bool]) -> Finished:
     config, options = setup.config, setup.config.train
+    tuning = options.finetune
     loader = train_loader(make_rows(prepared.train, prepared.tokenizer, config), config,
                           setup.rows(config.data.batch_size))
     agree = processes.agree_by_step()
-    state, step = start(setup, store, loader)
+    state, step, best = start(setup, store, loader)
     progress = Progress(step, options.steps, quiet=recorder is None)
+    ended = best.exhausted(tuning)
     if step:
-        progress.say(f"continuing at step {step}" + ("; all steps are done" if step >= options.steps else ""))
+        progress.say(f"continuing at step {step}" + ("; all steps are done" if step >= options.steps or ended else ""))
     meter = Meter(setup)
     evaluation, stopped = None, False
-    if step < options.steps:
+    if step < options.steps and not ended:
         progress.say("compiling the train step ...")
-    while step < options.steps and not stopped:
+    while step < options.steps and not stopped and not ended:
         batch = setup.put(next(loader))
         state, means, records = setup.train_step(state, batch)
         step += 1
@@ -145,17 +155,25 @@ def _run(setup: Setup, prepared: Prepared, store: Store, recorder: Recorder | No
             if recorder:
                 recorder.write(evaluation)
             progress.say(evaluation_line(evaluation))
-        if step % options.checkpoint_every == 0 or last or stopped:
+            best = best.after(tuning, evaluation)
+            ended = best.exhausted(tuning)
+        improved = best.step == step and tuning.patience is not None
+        if step % options.checkpoint_every == 0 or last or stopped or ended or improved:
             with meter.paused():
-                fresh = evaluation is not None and evaluation["step"] == step
-                store.save(step, items(state), {"loader": loader.get_state(), "content": prepared.content},
-                           {"loss": evaluation["loss"]} if fresh else None)
+                # Where the best is always saved, one that is as good must not take its place.
+                fresh = improved or (tuning.patience is None and evaluation is not None and evaluation["step"] == step)
+                store.save(step, items(state), {"loader": loader.get_state(), "content": prepared.content,
+                                                "best": best._asdict()},
+                           evaluation.get(tuning.metric) if fresh else None)
+    if ended and not stopped:
+        progress.say(f"{best.said(tuning)}, and none better in {best.since} evaluations after it: done")
     progress.close()
     if evaluation is None and not stopped:
         evaluation = run_evaluation(setup, prepared, state.params, state.router_state, step)
         progress.say(evaluation_line(evaluation))
-    return Finished(step, stopped and step < options.steps, evaluation, prepared, setup.model,
-                    setup.mesh, items(state)["model"])
+    variables = {"params": setup.plain(state.params), "router": state.router_state}
+    return Finished(step, stopped and step < options.steps and not ended, evaluation, best, tuning, prepared,
+                    setup.model, setup.mesh, variables)
 
 
 def items(state: TrainState) -> dict[str, Any]:
@@ -164,40 +182,44 @@ def items(state: TrainState) -> dict[str, Any]:
             "training": {"step": state.step, "opt_state": state.opt_state, "key": state.key}}
 
 
-def start(setup: Setup, store: Store, loader: Any) -> tuple[TrainState, int]:
-    """The state to go on from, with the loader moved to its place: a checkpoint's, or a fresh one."""
+def start(setup: Setup, store: Store, loader: Any) -> tuple[TrainState, int, Best]:
+    """State, step and best evaluation to go on from, with the loader moved to its place: a checkpoint's, or fresh ones."""
     if not store.steps():
         fresh = setup.initialise()
         if setup.config.train.init_from is None:
-            return fresh, 0
+            return fresh, 0, Best()
         with processes.same_fate():
             given = initial_variables(setup, {"params": fresh.params, "router": fresh.router_state})
-        return fresh.replace(params=given["params"], router_state=given["router"]), 0
+        return fresh.replace(params=given["params"], router_state=given["router"]), 0, Best()
     restored = store.restore(place(items(setup.shapes), items(setup.shardings)))
     loader.set_state(restored.data["loader"])
     model, training = restored.items["model"], restored.items["training"]
     return TrainState(training["step"], model["params"], training["opt_state"], model["router"],
-                      training["key"]), restored.step
+                      training["key"]), restored.step, Best(**restored.data.get("best", {}))
 
 
 def initial_variables(setup: Setup, fresh: Any) -> Any:
-    """Parameters and router state of the run in config.train.init_from, and fresh ones for another head.
+    """Parameters and router state of the run in config.train.init_from, and fresh ones for another head and adapters.
 
     Raises:
       UserError: the bodies are not of one model.
     """
     workdir = Path(setup.config.train.init_from)
     theirs = build(read_config(workdir))
-    found = flat(load_sharded(workdir, theirs, setup.mesh).items["model"])
+    found = flat(load_sharded(workdir, setup.mesh).items["model"])
     mine, model = flat(fresh), setup.config.model
+
+    def new(path: tuple[str, ...]) -> bool:
+        return path[:2] == ("params", ADAPTERS) or (other_head and in_head(path))
+
     other_head = (theirs.model.head, theirs.model.classes) != (model.head, model.classes)
     for path in sorted(found.keys() | mine.keys()):
-        if other_head and in_head(path):
+        if new(path):
             continue
         one, other = (tree[path].shape if path in tree else None for tree in (found, mine))
         check(one == other, f"config.train.init_from={workdir} is another model: {'/'.join(path)} has shape {one} there "
               f"and {other} here; take its config.json as --config")
-    taken = [leaf if other_head and in_head(path) else found[path] for path, leaf in mine.items()]
+    taken = [leaf if new(path) else found[path] for path, leaf in mine.items()]
     return jax.tree.unflatten(jax.tree.structure(fresh), taken)
 
 

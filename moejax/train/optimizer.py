@@ -9,6 +9,7 @@ from jax import Array
 
 from moejax import axes, sharding
 from moejax.config import OptimizerConfig
+from moejax.matrices import is_matrix, sides
 
 
 def make_schedule(config: OptimizerConfig, steps: int, peak: float) -> optax.Schedule:
@@ -31,30 +32,9 @@ def make_schedule(config: OptimizerConfig, steps: int, peak: float) -> optax.Sch
     return optax.join_schedules([rise, after], [warmup]) if warmup else after
 
 
-def matrix_axes(names: tuple[str | None, ...]) -> tuple[int, ...]:
-    """Positions of the axes that make up one weight matrix: not those that stack layers, experts or gate and up."""
-    return tuple(i for i, name in enumerate(names) if name not in axes.STACKING_AXES)
-
-
-def is_matrix(names: tuple[str | None, ...]) -> bool:
-    """Whether a parameter holds weight matrices between activations: not norms, biases, embeddings, head or router.
-
-    These decay and are what Muon orthogonalises. A router's scale is the business of its z-loss. One side of a matrix is
-    always the model width or a latent's; what has two axes and neither is a bias or the scale of a norm over all heads.
-    """
-    inner = {names[i] for i in matrix_axes(names)}
-    between = bool({"embed", "latent"} & inner) and not {"vocab", "router", "positions", "classes"} & inner
-    return between and len(matrix_axes(names)) >= 2
-
-
 def muon_dimensions(names: tuple[str | None, ...]) -> optax.contrib.MuonDimensionNumbers | None:
     """Input and output axes of a weight matrix for Muon, experts and layers apart; None for what Adam should update."""
-    if not is_matrix(names):
-        return None
-    inner = matrix_axes(names)
-    # The width of model or latent is always one whole side, so the other axes (heads and head size, say) are the other.
-    cut = 1 if names[inner[0]] in ("embed", "latent") else len(inner) - 1
-    return optax.contrib.MuonDimensionNumbers(inner[:cut], inner[cut:])
+    return optax.contrib.MuonDimensionNumbers(*sides(names)) if is_matrix(names) else None
 
 
 def per_matrix(transform: optax.GradientTransformation, logical: Any) -> optax.GradientTransformation:

@@ -1,5 +1,6 @@
 """From a config to everything that a run computes with: mesh, model, optimizer, jitted steps."""
 
+import math
 from functools import partial
 from typing import Any, Callable, Mapping, NamedTuple
 
@@ -13,11 +14,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from moejax import axes, compiler_options, sharding
 from moejax.config import Config, check
 from moejax.evaluation.perplexity import make_eval_step
-from moejax.models import count, transformer
+from moejax.models import adapters, count, transformer
 from moejax.moe.routing import get_router
 from moejax.objectives.chunked import over_chunks
 from moejax.objectives.classes import classification, multi_label, regression
 from moejax.objectives.cross_entropy import cross_entropy
+from moejax.train.moving import Moving, join, moving
 from moejax.train.optimizer import make_optimizer
 from moejax.train.state import TrainState, initialise, state_shardings
 from moejax.train.step import Functions, train_step
@@ -32,8 +34,10 @@ class Setup(NamedTuple):
       shapes: of the training state.
       shardings: of the training state.
       parameters: their number.
+      moving: the number of those that move.
       placements: where they lie.
       initialise: () -> TrainState on the mesh.
+      plain: parameters of a state -> those of the model, adapters added.
       train_step: (state, batch) -> (state, scalars, records); jitted, consumes the state.
       eval_step: (params, router_state, batch) -> (sums, records, scores); jitted. Scores of classes, or None.
       rows: size of a global batch -> the rows of it that this process feeds.
@@ -47,8 +51,10 @@ class Setup(NamedTuple):
     shapes: TrainState
     shardings: TrainState
     parameters: count.ParameterCount
+    moving: int
     placements: list[sharding.Placement]
     initialise: Callable[[], TrainState]
+    plain: Callable[[Any], Any]
     train_step: Callable[[TrainState, Mapping[str, Array]], tuple[TrainState, dict[str, Array], Any]]
     eval_step: Callable[..., tuple[dict[str, Array], Any, Any]]
     rows: Callable[[int], np.ndarray]
@@ -66,47 +72,68 @@ def set_up(config: Config) -> Setup:
     config = transformer.resolve(config)
     check(config.model.head != "none", "config.model.head=none leaves nothing to train; set it to tokens or classes")
     model = transformer.build(config)
-    param_shapes, logical = transformer.abstract_params(model)
+    options = config.train.finetune
+    own_shapes, own_logical = transformer.abstract_params(model)
+    param_shapes, logical = adapters.abstract(own_shapes, own_logical, options)
     placed = sharding.placements(param_shapes, logical, mesh)
     sharding.validate(placed, mesh, config.mesh.replicated_mib)
-    optimizer = make_optimizer(config.optimizer, config.train.steps, logical)
-    start = partial(
-        initialise, partial(transformer.initial_params, model), optimizer,
-        transformer.initial_router_state(config.model, config.moe))
+    chosen = moving(options, config.model, config.moe, logical)
+    optimizer = chosen.scaled(make_optimizer(config.optimizer, config.train.steps, chosen.split(logical)[0]))
+
+    def initial_params(key: Array) -> Any:
+        params = transformer.initial_params(model, key)
+        if adapters.ADAPTERS not in param_shapes:
+            return params
+        return params | {adapters.ADAPTERS: adapters.initial(
+            param_shapes[adapters.ADAPTERS], logical[adapters.ADAPTERS], jax.random.fold_in(key, 1))}
+
+    start = partial(initialise, initial_params, lambda params: optimizer.init(chosen.split(params)[0]),
+                    transformer.initial_router_state(config.model, config.moe))
     shapes = jax.eval_shape(start, jax.random.PRNGKey(0))
-    shardings = state_shardings(shapes, logical, mesh)
+    moving_shapes = chosen.split(param_shapes)[0]
+    shardings = state_shardings(shapes, moving_shapes, logical, mesh)
     everywhere = NamedSharding(mesh, PartitionSpec())  # so that every process can read what steps report
 
-    functions, options = make_functions(config, model), compiler_options.for_devices(mesh.devices.flat)
+    functions = make_functions(config, model, chosen, own_logical)
+    compiling = compiler_options.for_devices(mesh.devices.flat)
     step = jax.jit(partial(train_step, functions, optimizer, config.train.microbatches), donate_argnums=0,
-                   out_shardings=(shardings, everywhere, everywhere), compiler_options=options)
+                   out_shardings=(shardings, everywhere, everywhere), compiler_options=compiling)
     return Setup(
         config, mesh, model, optimizer, shapes, shardings, count.count_parameters(param_shapes, logical, config.moe),
-        placed,
+        sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(moving_shapes)), placed,
         initialise=lambda: jax.jit(start, out_shardings=shardings)(jax.random.PRNGKey(config.seed)),
+        plain=jax.jit(partial(adapters.merge, own_logical, options)),
         train_step=step,
-        eval_step=make_eval_step(functions.forward, functions.objective, everywhere, options,
+        eval_step=make_eval_step(functions.forward, functions.objective, everywhere, compiling,
                                  with_scores=config.data.task.head == "classes"),
         rows=partial(sharding.batch_rows, mesh),
         put=partial(sharding.put_batch, mesh))
 
 
-def make_functions(config: Config, model: transformer.Transformer) -> Functions:
-    """The model, objective and router update of a config as the plain functions that a step takes."""
+def make_functions(config: Config, model: transformer.Transformer, chosen: Moving, logical: Any) -> Functions:
+    """The model, objective and router update of a config as the plain functions that a step takes.
+
+    Args:
+      config: resolved.
+      model: its model.
+      chosen: the parameters that move.
+      logical: axes of the model's own parameters.
+    """
     task = config.data.task
     by_token = task.head == "tokens"
 
     def forward(params: Any, router_state: Any, batch: Mapping[str, Array], train: bool = False,
                 key: Array | None = None, totals: Any = None, wholes: Any = None) -> tuple[Array, Any]:
+        params = adapters.merge(logical, config.train.finetune, params)
         output = transformer.apply_batch(model, params, router_state, batch, train=train, totals=totals, wholes=wholes,
                                          rngs=None if key is None else {"dropout": key})
         return (output.x_BLD if by_token else output.logits_BC), output.records
 
-    per_token = partial(cross_entropy, label_smoothing=config.train.label_smoothing,
-                        head_z_weight=config.train.head_z_weight)
+    per_token = partial(cross_entropy, label_smoothing=task.label_smoothing,
+                        head_z_weight=task.head_z_weight)
 
     weight_C = None if task.class_weights is None else jnp.asarray(task.class_weights)
-    by_row = {"classification": partial(classification, weight_C=weight_C, label_smoothing=config.train.label_smoothing),
+    by_row = {"classification": partial(classification, weight_C=weight_C, label_smoothing=task.label_smoothing),
               "multi_label": multi_label, "regression": regression}
 
     def objective(params: Any, x: Array, targets: Array, mask: Array) -> tuple[Array, dict[str, Array]]:
@@ -117,6 +144,8 @@ def make_functions(config: Config, model: transformer.Transformer) -> Functions:
     router = get_router(config.moe.router)
     sparse = config.moe.every > 0
     return Functions(
+        split=chosen.split,
+        join=join,
         totals=lambda batch: transformer.count_totals(batch["segments"], batch.get("source_segments")),
         forward=forward,
         objective=objective,
@@ -142,6 +171,7 @@ def describe(setup: Setup) -> str:
     flops = count.training_flops(config)
     devices = setup.mesh.devices.flat[0]
     mesh = " x ".join(f"{name}={size}" for name, size in setup.mesh.shape.items() if size > 1) or "one device"
+    still = "" if setup.moving == counted.total else f"; {setup.moving:,} of them move"
     return (f"model: {counted.total:,} parameters, {counted.active:,} active for a token (of these {counted.embedding:,} "
-            f"in embedding and head); {flops / 1e6:.1f} MFLOP a token in training\n"
+            f"in embedding and head){still}; {flops / 1e6:.1f} MFLOP a token in training\n"
             f"devices: {setup.mesh.size} {devices.platform} ({mesh}); compute type {config.train.dtype}")

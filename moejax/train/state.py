@@ -31,26 +31,27 @@ class TrainState:
     key: Array
 
 
-def initialise(initial_params: Callable[[Array], Any], optimizer: optax.GradientTransformation, router_state: Any,
-               key: Array) -> TrainState:
+def initialise(initial_params: Callable[[Array], Any], initial_moments: Callable[[Any], optax.OptState],
+               router_state: Any, key: Array) -> TrainState:
     """A fresh state; jit it with `state_shardings` so that every array is made where it belongs.
 
     Args:
       initial_params: key -> parameters.
-      optimizer: optax's.
+      initial_moments: parameters -> the optimizer's state.
       router_state: initial.
       key: raw PRNG key (uint32 [2]) of the run.
     """
     init_key, run_key = jax.random.split(key)
     params = initial_params(init_key)
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), router_state, run_key)
+    return TrainState(jnp.zeros((), jnp.int32), params, initial_moments(params), router_state, run_key)
 
 
-def state_shardings(state: TrainState, logical: Any, mesh: Mesh) -> TrainState:
+def state_shardings(state: TrainState, moving: Any, logical: Any, mesh: Mesh) -> TrainState:
     """Where each array of a state lies: optimizer moments like their parameters, everything small everywhere.
 
     Args:
       state: shapes of a state.
+      moving: shapes of the parameters that move.
       logical: logical axes of its parameters.
       mesh: the mesh.
     """
@@ -66,9 +67,9 @@ def state_shardings(state: TrainState, logical: Any, mesh: Mesh) -> TrainState:
         return jax.tree.map(lambda _: everywhere, node)
 
     def mirrors(node: Any) -> bool:
-        return isinstance(node, dict) and node.keys() == state.params.keys()
+        return isinstance(node, dict) and node.keys() == moving.keys()
 
-    opt_state = jax.tree.map(lambda node: mirror(node, state.params, placed) if mirrors(node) else everywhere,
+    opt_state = jax.tree.map(lambda node: mirror(node, moving, placed) if mirrors(node) else everywhere,
                              state.opt_state, is_leaf=mirrors)
     return TrainState(step=everywhere, params=placed, key=everywhere,
                       opt_state=opt_state,

@@ -19,6 +19,8 @@ class Functions(NamedTuple):
     """What a step is made of.
 
     Attributes:
+      split: params -> (those that move, those that stay).
+      join: puts them together again.
       totals: batch -> the `totals` argument of `forward`.
       forward: (params, router_state, batch, train, key, totals, wholes) -> (x, records), x being what the objective takes.
       objective: (params, x, targets, mask) -> (sum to minimise, sums to report).
@@ -27,6 +29,8 @@ class Functions(NamedTuple):
       loss_weights: weight of each router loss, which is averaged over the sparse layers.
     """
 
+    split: Callable[[Any], tuple[Any, Any]]
+    join: Callable[[Any, Any], Any]
     totals: Callable[[Batch], Any]
     forward: Callable[..., tuple[Array, Any]]
     objective: Callable[[Any, Array, Array, Array], tuple[Array, dict[str, Array]]]
@@ -57,13 +61,16 @@ def gradients(functions: Functions, state: TrainState, batch: Batch, parts: int)
     when there are several parts.
 
     Returns:
-      Gradients, means over the batch to report, and the layer records of the whole batch.
+      Gradients of the parameters that move, means over the batch to report, and the layer records of the whole batch.
     """
     key = jax.random.fold_in(state.key, state.step)
     totals = functions.totals(batch)
     targets = jnp.maximum(jnp.sum(batch["mask"], dtype=jnp.float32), 1.0)
 
-    def loss(params: Any, part: Batch, part_key: Array, wholes: Any) -> tuple[Array, tuple[dict[str, Array], Any]]:
+    moving, still = functions.split(state.params)
+
+    def loss(moving: Any, part: Batch, part_key: Array, wholes: Any) -> tuple[Array, tuple[dict[str, Array], Any]]:
+        params = functions.join(moving, still)
         x, records = functions.forward(params, state.router_state, part, True, part_key, totals, wholes)
         objective, sums = functions.objective(params, x, part["targets"], part["mask"])
         means = {name: value / targets for name, value in sums.items()}
@@ -71,7 +78,7 @@ def gradients(functions: Functions, state: TrainState, batch: Batch, parts: int)
 
     differentiate = jax.grad(loss, has_aux=True)
     if parts == 1:
-        grads, (means, records) = differentiate(state.params, batch, key, None)
+        grads, (means, records) = differentiate(moving, batch, key, None)
         return grads, means, records
 
     split = micro_batches(batch, parts)
@@ -87,7 +94,7 @@ def gradients(functions: Functions, state: TrainState, batch: Batch, parts: int)
     if functions.wholes is not None:
         wholes = functions.wholes(add_up(lambda part, part_key: functions.forward(
             state.params, state.router_state, part, True, part_key, totals, None)[1]))
-    grads, (means, records) = add_up(lambda part, part_key: differentiate(state.params, part, part_key, wholes))
+    grads, (means, records) = add_up(lambda part, part_key: differentiate(moving, part, part_key, wholes))
     return grads, means, records
 
 
@@ -97,7 +104,7 @@ def train_step(functions: Functions, optimizer: optax.GradientTransformation, pa
 
     Args:
       functions: model, objective, router update.
-      optimizer: optax's.
+      optimizer: of the parameters that move.
       parts: micro-batches.
       state: is consumed if jitted with donation.
       batch: global.
@@ -106,8 +113,10 @@ def train_step(functions: Functions, optimizer: optax.GradientTransformation, pa
       The new state, scalars to report, and the layer records of the batch, without statistics.
     """
     grads, means, records = gradients(functions, state, batch, parts)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    new = TrainState(step=state.step + 1, params=optax.apply_updates(state.params, updates), opt_state=opt_state,
+    moving, still = functions.split(state.params)
+    updates, opt_state = optimizer.update(grads, state.opt_state, moving)
+    params = functions.join(optax.apply_updates(moving, updates), still)
+    new = TrainState(step=state.step + 1, params=params, opt_state=opt_state,
                      router_state=functions.update_router(state.router_state, records), key=state.key)
     # The statistics have done their work, and some routers' are large.
     told = jax.tree.map(lambda record: record.replace(statistics={}), records,

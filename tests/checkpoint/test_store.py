@@ -38,7 +38,7 @@ def save(workdir: Path, steps, keep: int = 9, losses=None) -> None:
     store = Store(workdir, keep)
     for step in steps:
         loss = (losses or {}).get(step)
-        store.save(step, {"model": tree(step)}, {"position": step}, None if loss is None else {"loss": loss})
+        store.save(step, {"model": tree(step)}, {"position": step}, loss)
     store.close()
 
 

@@ -39,7 +39,8 @@ def another(name: str) -> Config:
     candidates = {bool: [True, False], int: [1, 2, 8, 64, 2048], float: [0.5, 2.0],
                   str: [*field.metadata["choices"], "other", "hash"], tuple[int, ...]: [[1]],
                   typing.Any: [{"model.architecture": {"sinks": True}, "moe.options": {"groups": 2},
-                                "data.task": {"objective": "prefix_lm"}}.get(name)]}[kind]
+                                "data.task": {"objective": "prefix_lm"},
+                                    "train.finetune": {"freeze": ["final_norm/*"]}}.get(name)]}[kind]
     for value in candidates:
         try:
             if value != default:

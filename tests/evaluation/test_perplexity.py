@@ -5,17 +5,16 @@ import math
 import jax
 import numpy as np
 import pytest
-from tiny import tiny_batch, tiny_config, tiny_model
+from tiny import tiny_batch, tiny_config, tiny_functions, tiny_model
 
 from moejax.evaluation.perplexity import bits_per_byte, evaluate, make_eval_step
 from moejax.models import transformer
-from moejax.train.setup import make_functions
 
 
 def test_padding_and_batching_change_nothing():
     config = tiny_config(moe__capacity_factor=0.5)
     model, params, state = tiny_model(config)
-    functions = make_functions(config, model)
+    functions, _ = tiny_functions(config, model)
     step = make_eval_step(functions.forward, functions.objective)
     batch = tiny_batch(config)
     empty = {name: np.zeros_like(a[:1]) for name, a in batch.items()}

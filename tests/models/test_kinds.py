@@ -21,14 +21,17 @@ TOKENS, SOURCE = RNG.integers(1, 37, (2, 9)), RNG.integers(1, 37, (2, 7))
 
 
 def model_of(kind, design="rotary", **changes):
-    return tiny_model(tiny_config(model__kind=kind, model__architecture=DESIGNS[design], **changes))
+    sizes = {"model__layers": 2, "moe__first_dense": 0}  # one stack, compiled once
+    return tiny_model(tiny_config(**{**sizes, **changes}, model__kind=kind, model__architecture=DESIGNS[design]))
 
 
 def variables(params, state):
     return {"params": params, "router": state}
 
 
-every_design = pytest.mark.parametrize("design", DESIGNS)
+slow = pytest.mark.slow
+every_design = pytest.mark.parametrize("design", [
+    design if design in ("bert", "relative") else pytest.param(design, marks=slow) for design in DESIGNS])
 
 
 def changed(tokens, column):
@@ -51,9 +54,9 @@ def test_tokens_of_an_encoder_see_each_other_and_padding_changes_nothing(design)
     np.testing.assert_allclose(np.asarray(logits(model, given, TOKENS[1:])), whole[1:], atol=1e-5)
 
 
-@pytest.mark.parametrize("design", ["rotary", "relative"])
+@pytest.mark.parametrize("design", [pytest.param("rotary", marks=slow), "relative"])
 def test_a_decoder_sees_all_of_the_encoder_and_what_is_before(design):
-    model, params, state = model_of("encoder_decoder", design, model__encoder_layers=2)
+    model, params, state = model_of("encoder_decoder", design, model__encoder_layers=1)
     given = variables(params, state)
     whole = np.asarray(logits(model, given, SOURCE, decoder_tokens=TOKENS))
     by_source = np.asarray(logits(model, given, changed(SOURCE, 6), decoder_tokens=TOKENS))
@@ -70,7 +73,7 @@ def test_a_decoder_sees_all_of_the_encoder_and_what_is_before(design):
     np.testing.assert_allclose(unrolled, whole, atol=1e-5)
 
 
-@pytest.mark.parametrize("design", ["rotary", "relative"])
+@pytest.mark.parametrize("design", [pytest.param("rotary", marks=slow), "relative"])
 def test_decoding_with_a_cache_is_the_argmax_of_full_passes(design):
     model, params, state = model_of("encoder_decoder", design)
     given = variables(params, state)
@@ -121,7 +124,7 @@ def test_padding_between_tokens_is_refused_where_distances_are_slots():
     np.testing.assert_array_equal(found.tokens, wanted.tokens)
 
 
-@pytest.mark.parametrize("pool", ["first", "last", "mean"])
+@pytest.mark.parametrize("pool", ["first", pytest.param("last", marks=slow), pytest.param("mean", marks=slow)])
 def test_scores_of_a_row_know_no_padding(pool):
     config = tiny_config(model__kind="encoder", model__head="classes", model__classes=5, model__architecture={
         "pool": pool, "pooler": pool == "first"})

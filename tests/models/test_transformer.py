@@ -127,8 +127,8 @@ def test_shared_experts_and_qk_norm_and_tied_head_take_part():
     model = transformer.build(config)
     params = jax.jit(lambda key: transformer.initial_params(model, key))(jax.random.key(0))
     assert "head" not in params["embedding"]
-    grads = jax.grad(lambda p: jnp.sum(jnp.sin(run(
-        model, p, transformer.initial_router_state(config.model, config.moe), tiny_batch(config)).logits_BLV)))(params)
+    grads = jax.jit(jax.grad(lambda p: jnp.sum(jnp.sin(run(
+        model, p, transformer.initial_router_state(config.model, config.moe), tiny_batch(config)).logits_BLV))))(params)
     sparse = grads["stack_1"]["block_0"]
     for leaf in (sparse["shared"]["w_in"], sparse["attention"]["q_norm"]["scale"], sparse["moe"]["router_w_DE"]):
         assert np.abs(leaf).max() > 0

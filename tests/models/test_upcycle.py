@@ -30,7 +30,7 @@ def logits(model, variables, batch):
     ({"num_experts": 8, "experts_per_token": 4, "every": 2}, 4),
     ({"num_experts": 6, "experts_per_token": 4, "shared_experts": 1, "shared_ffn": 8}, 2),
     pytest.param({"num_experts": 4, "router": "loss_free", "renormalize": True}, 1, marks=pytest.mark.slow),
-    ({"num_experts": 4, "first_dense": 1, "router": "mixtral"}, 1),
+    pytest.param({"num_experts": 4, "first_dense": 1, "router": "mixtral"}, 1, marks=pytest.mark.slow),
 ])
 def test_the_sparse_model_gives_the_dense_models_logits(changes, granularity):
     model, variables, batch = dense()
@@ -42,7 +42,7 @@ def test_the_sparse_model_gives_the_dense_models_logits(changes, granularity):
     np.testing.assert_allclose(logits(sparse, upcycled, batch)[real], logits(model, variables, batch)[real], atol=1e-5)
 
 
-@pytest.mark.parametrize("changes", [{"num_experts": 4, "every": 2}, {
+@pytest.mark.parametrize("changes", [pytest.param({"num_experts": 4, "every": 2}, marks=pytest.mark.slow), {
     "num_experts": 8, "experts_per_token": 4, "shared_experts": 1, "shared_ffn": 8}])
 def test_biases_are_shared_out_too(changes):
     model, variables, batch = dense(model__architecture={"ffn_bias": True, "activation": "gelu"})

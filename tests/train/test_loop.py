@@ -14,6 +14,7 @@ from moejax.checkpoint import read_config
 from moejax.data.prepare import load_prepared
 from moejax.metrics import record
 from moejax.models import transformer
+from moejax.sharding import flat
 from moejax.train import loop
 from moejax.train.benchmark import benchmark
 from moejax.train.setup import set_up
@@ -110,3 +111,43 @@ def test_benchmark_reports_what_it_should(config):
     assert all(value > 0 for name, value in result.items() if name != "platform")
     assert result["tokens_per_second"] == pytest.approx(8 * 20 / result["step_seconds"])
     json.dumps(result)
+
+
+def changed(config, **changes):
+    tree = config_lib.to_dict(config)
+    for name, value in changes.items():
+        group, key = name.split("__")
+        tree[group][key] = value
+    return config_lib.build(tree)
+
+
+def test_adapters_go_on_from_a_model_and_come_back_as_one(run, config, tmp_path):
+    """The base stays as it was, the adapters learn, and what is loaded is their sum."""
+    base, finished = run
+    tuned = changed(config, train__init_from=str(base), train__steps=10, optimizer__warmup_steps=0, train__finetune={
+        "lora_rank": 2, "lora": ["*attention/w_*", "*/moe/w_*"]})
+    ended = loop.train(tuned, tmp_path)
+    assert ended.evaluation["loss"] < finished.evaluation["loss"]
+    model, variables = moejax.load(tmp_path)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), variables,
+                 jax.device_get(ended.variables))
+    _, before = moejax.load(base)
+    assert jax.tree.structure(before["params"]) == jax.tree.structure(variables["params"])
+    moved = {path: float(np.abs(a - b).max()) for path, a, b in zip(
+        flat(before["params"]), jax.tree.leaves(before["params"]), jax.tree.leaves(variables["params"]))}
+    assert {path[-1] for path, by in moved.items() if by > 0} == {"w_q", "w_k", "w_v", "w_o", "w_in", "w_out"}
+    again = loop.train(tuned, tmp_path)
+    assert again.evaluation["loss"] == ended.evaluation["loss"]
+
+
+def test_a_run_ends_when_its_patience_does_and_keeps_the_best(config, tmp_path):
+    """Without any learning no evaluation is better than the first."""
+    idle = changed(config, optimizer__learning_rate=0.0, moe__bias_rate=0.0, train__eval_every=3,
+                   train__checkpoint_every=30, train__finetune={"patience": 2})
+    ended = loop.train(idle, tmp_path)
+    assert (ended.step, ended.stopped, ended.best.step) == (9, False, 3)
+    assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == [3, 9]
+    again = loop.train(idle, tmp_path)
+    assert again.step == 9 and again.evaluation["loss"] == ended.evaluation["loss"]
+    longer = loop.train(changed(idle, train__finetune={"patience": 3}), tmp_path)
+    assert longer.step == 12 and longer.best.step == 3

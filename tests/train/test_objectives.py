@@ -6,13 +6,12 @@ import jax
 import numpy as np
 import optax
 import pytest
-from tiny import tiny_config, tiny_model
+from tiny import tiny_config, tiny_functions, tiny_model
 
 from moejax.data.prepare import TokenStream
 from moejax.data.rows import make_rows
 from moejax.data.tokenizers import ByteTokenizer
 from moejax.task import LABELS, OBJECTIVES, PAIRS
-from moejax.train.setup import make_functions
 from moejax.train.state import TrainState
 from moejax.train.step import gradients
 
@@ -52,7 +51,7 @@ def case(name, kind, router):
 def test_two_steps(name, kind, router):
     config, batches = case(name, kind, router)
     model, params, router_state = tiny_model(config)
-    functions, optimizer = make_functions(config, model), optax.adam(1e-2)
+    functions, optimizer = tiny_functions(config, model)[0], optax.adam(1e-2)
 
     @jax.jit
     def step(state, batch):
@@ -81,7 +80,7 @@ def test_padding_rows_and_batch_mates_change_nothing(name, kind):
     """The sums of a batch are those of its rows alone, and a row of zeros adds nothing."""
     config, (batch, _) = case(name, kind, "topk")
     model, params, router_state = tiny_model(config)
-    functions = make_functions(config, model)
+    functions, _ = tiny_functions(config, model)
 
     @jax.jit
     def sums(batch):

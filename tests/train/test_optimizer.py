@@ -11,6 +11,7 @@ from tiny import tiny_config
 
 from moejax import sharding
 from moejax.hf.load import read_config
+from moejax.matrices import is_matrix
 from moejax.models import transformer
 from moejax.train import optimizer
 
@@ -132,4 +133,4 @@ def test_of_every_open_family_only_matrices_between_activations_decay():
         for path, names in jax.tree_util.tree_leaves_with_path(logical, is_leaf=sharding.is_axes):
             name = path[-1].key
             wanted = name.startswith(("w_", "latent_"))
-            assert optimizer.is_matrix(names) == wanted, (folder.name, jax.tree_util.keystr(path))
+            assert is_matrix(names) == wanted, (folder.name, jax.tree_util.keystr(path))

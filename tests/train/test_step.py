@@ -5,7 +5,7 @@ from functools import partial
 import jax
 import numpy as np
 import pytest
-from tiny import relative_errors, tiny_batch, tiny_config, tiny_model
+from tiny import relative_errors, tiny_batch, tiny_config, tiny_functions, tiny_model
 
 from moejax.config import UserError
 from moejax.models import transformer
@@ -24,12 +24,12 @@ def fresh(config):
     _, logical = transformer.abstract_params(model)
     optimizer = make_optimizer(config.optimizer, config.train.steps, logical)
     state = TrainState(np.int32(0), params, optimizer.init(params), router_state, jax.random.PRNGKey(0))
-    return setup_lib.make_functions(config, model), optimizer, state
+    return tiny_functions(config, model)[0], optimizer, state
 
 
 @pytest.mark.parametrize("changes", [
     {"moe__capacity_factor": 0.7, "moe__bias_rate": 0.1},
-    {"moe__balance_scope": "sequence", "train__label_smoothing": 0.1, "train__head_z_weight": 0.01},
+    {"moe__balance_scope": "sequence", "data__task": {"label_smoothing": 0.1, "head_z_weight": 0.01}},
     pytest.param({"moe__router": "hash"}, marks=pytest.mark.slow)], ids=str)
 def test_micro_batches_add_up_to_the_big_batch(changes):
     """Uneven sequences, auxiliary losses with large weights: gradients, losses and loads of 1 and 4 parts agree."""
