@@ -76,6 +76,9 @@ class Architecture:
     clamp: float = key(7.0, "clamped_swiglu: bound on its inputs", low=0)
     ffn_bias: bool = key(False, "biases of dense feed-forward layers and shared experts")
     expert_bias: bool = key(False, "biases of experts")
+    expert_bits: int = key(0, "bits in which experts' matrices are stored, for inference; 0 are numbers that are trained",
+                           choices=(0, 4, 8))
+    merged_experts: int | None = key(None, "experts that there are, if those that the router knows have been merged", low=1)
     embedding_multiplier: float = key(1.0, "factor on the embedding (Granite)")
     residual_multiplier: float = key(1.0, "factor on what a layer adds to the stream (Granite)")
     logit_multiplier: float = key(1.0, "factor on the logits")

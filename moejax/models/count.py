@@ -21,12 +21,13 @@ class ParameterCount(NamedTuple):
 
 
 def count_parameters(shapes: Any, logical: Any, moe: MoEConfig) -> ParameterCount:
-    """Counts the parameters of a tree. Of stacked experts, a token uses K out of E."""
+    """Counts the parameters of a tree. Of stacked experts, a token uses K of all that there are."""
     total = active = embedding = 0
     for leaf, names in zip(jax.tree.leaves(shapes), jax.tree.leaves(logical, is_leaf=is_axes), strict=True):
         size = math.prod(leaf.shape)
         total += size
-        active += size * moe.experts_per_token // moe.num_experts if "experts" in names else size
+        experts = leaf.shape[names.index("experts")] if "experts" in names else moe.experts_per_token
+        active += size * min(moe.experts_per_token, experts) // experts
         embedding += size if "vocab" in names else 0
     return ParameterCount(total, active, embedding)
 

@@ -24,7 +24,7 @@ from moejax.models.blocks import Run, passes_blocks
 from moejax.models.sight import distances, look
 from moejax.models.stacks import ENCODER, Stack, Trunk, plan_stacks, trunk_stacks, trunks
 from moejax.moe import routing
-from moejax.moe.layer import DECISIONS
+from moejax.moe.layer import DECISIONS, INPUTS, INTO
 from moejax.moe.types import LayerRecord, RoutingContext, Totals
 
 
@@ -150,7 +150,7 @@ class Transformer(nn.Module):
             per_layer = (router_state.get(name, {}), (wholes or {}).get(name, {}), (cache or {}).get(name, {}))
             if self.scan or self.is_initializing():
                 run = nn.scan(
-                    Run, variable_axes={"params": 0, DECISIONS: 0}, split_rngs={"params": True, "dropout": True},
+                    Run, variable_axes={"params": 0, DECISIONS: 0, INPUTS: 0}, split_rngs={"params": True, "dropout": True},
                     length=stack.repeats, in_axes=(0, *(nn.broadcast,) * len(shared)),
                     metadata_params={nn.PARTITION_NAME: "layers"})
                 stream, (stack_records, stack_cache) = run(
@@ -330,9 +330,12 @@ def count_totals(segments_BL: Array, source_segments_BS: Array | None = None) ->
 
 def initial_router_state(model: ModelConfig, moe: MoEConfig) -> dict[str, dict[str, dict[str, Array]]]:
     """The routers' state by stack and block, with a leading axis over repeats. An empty dict for stateless routers."""
+    merged = model.architecture.merged_experts
+    into = {INTO: jnp.arange(moe.num_experts, dtype=jnp.int32) % merged} if merged else {}
+
     def stacked(repeats: int) -> dict[str, Array]:
-        return {name: jnp.broadcast_to(value, (repeats, *value.shape))
-                for name, value in routing.get_router(moe.router).initial_state(moe, model.vocab_size).items()}
+        own = routing.get_router(moe.router).initial_state(moe, model.vocab_size) | into
+        return {name: jnp.broadcast_to(value, (repeats, *value.shape)) for name, value in own.items()}
     stacks = {name: {f"block_{j}": stacked(stack.repeats) for j, sparse in enumerate(stack.sparse) if sparse}
               for name, stack in plan_stacks(model, moe).items()}
     return {name: blocks for name, blocks in stacks.items() if blocks}
@@ -347,8 +350,11 @@ def update_router_state(moe: MoEConfig, state: Mapping[str, Any], records: Mappi
         total = jax.tree.map(lambda *layers: sum(jnp.sum(a, axis=0) for a in layers), *blocks)
         seen = jax.tree.map(lambda a, sum_a: jnp.broadcast_to(sum_a, a.shape), seen,
                             {stack: dict.fromkeys(seen[stack], total) for stack in seen})
-    return {stack: {block: jax.vmap(lambda old, own: router.update(moe, old, own))(old, seen[stack][block])
-                    if old else {} for block, old in blocks.items()} for stack, blocks in state.items()}
+
+    def updated(old: Mapping[str, Array], own: Any) -> dict[str, Array]:
+        return {name: old[name] for name in old if name == INTO} | router.update(moe, old, own)
+    return {stack: {block: jax.vmap(updated)(old, seen[stack][block]) if old else {} for block, old in blocks.items()}
+            for stack, blocks in state.items()}
 
 
 def statistics_of(records: Mapping[str, Any]) -> dict[str, dict[str, dict[str, Array]]]:

@@ -1,5 +1,6 @@
 """The sparse feed-forward layer: route -> dispatch -> experts -> combine."""
 
+import dataclasses
 from functools import partial
 from typing import Any, Callable, Mapping, NamedTuple, Sequence
 
@@ -17,6 +18,10 @@ from moejax.moe import balance, blocked, capacity, experts, merged, slots
 from moejax.moe.dispatch import DISPATCHERS, Dispatcher, Sizes
 from moejax.moe.routing import get_router
 from moejax.moe.types import Assignments, ExpertLoad, LayerRecord, Merger, RoutingContext, Slots
+from moejax.moe.weights import expert_weights
+
+INTO = "into_E"
+"""In the state of a layer whose experts have been merged: the expert that each one of the router's is now, int32 [E]."""
 
 
 class Moved(NamedTuple):
@@ -67,6 +72,9 @@ def mixture(config: MoEConfig, router_parameters: Mapping[str, Array], state: Ma
           "or experts, which have no biases there; set config.model.architecture.expert_bias=False")
     match routed.assignments:
         case Assignments() as chosen:
+            if INTO in state:
+                chosen = chosen.replace(expert_N=state[INTO][chosen.expert_N])
+                config = dataclasses.replace(config, num_experts=w_in_EDGF.shape[0])
             kept = drop(config, chosen, context)
             b_in_EGF, b_out_ED = biases or (None, None)
             y_TD, received_E, replayed_E = sparse(config, kept, w_in_EDGF, w_out_EFD, b_in_EGF, x_TD, context.sequences,
@@ -231,6 +239,8 @@ def router_parameters(module: nn.Module, config: MoEConfig, width: int) -> dict[
 
 DECISIONS = "decisions"
 """The collection in which the routers' decisions are found, if it is asked for as mutable; else it costs nothing."""
+INPUTS = "inputs"
+"""The same for what sparse layers read."""
 
 
 class MixtureOfExperts(nn.Module):
@@ -241,7 +251,7 @@ class MixtureOfExperts(nn.Module):
       hidden: F.
       out_scale: factor on the initial standard deviation of the down projections.
       dtype: compute type of the experts; the router computes in float32.
-      design: `activation`, `clamp` and `expert_bias` of it.
+      design: `activation`, `clamp` and options of experts of it.
     """
 
     config: MoEConfig
@@ -255,21 +265,19 @@ class MixtureOfExperts(nn.Module):
                  ) -> tuple[Array, LayerRecord, Array | None]:
         """[B, L, D] -> [B, L, D], the layer's record, and what the next router gets to see."""
         batch, length, model_width = x_BLD.shape
-        config, count, hidden = self.config, self.config.num_experts, self.hidden
+        config, hidden, bits = self.config, self.hidden, self.design.expert_bits
+        count = self.design.merged_experts or config.num_experts
         router = get_router(config.router)
         own = router_parameters(self, config, model_width)
         width, activation = model_width // config.latent_divisor, Activation(self.design.activation, self.design.clamp)
         # The expert axis is a stack of layers, so it is no part of the fan-in.
-        w_in_EDGF = self.param("w_in", nn.with_logical_partitioning(
-            nn.initializers.normal(width**-0.5), ("experts", "embed", "gate_up", "expert_ffn")),
-            (count, width, activation.inputs, hidden))
-        w_out_EFD = self.param("w_out", nn.with_logical_partitioning(
-            nn.initializers.normal(self.out_scale * hidden**-0.5), ("experts", "expert_ffn", "embed")),
-            (count, hidden, width))
+        w_in_EDGF = expert_weights(self, "w_in", (count, width, activation.inputs, hidden), (
+            "experts", "embed", "gate_up", "expert_ffn"), width**-0.5, bits, self.dtype)
+        w_out_EFD = expert_weights(self, "w_out", (count, hidden, width), ("experts", "expert_ffn", "embed"),
+                                   self.out_scale * hidden**-0.5, bits, self.dtype)
         noisy = context.train and (router.noisy(config) or config.expert_dropout > 0)
         router_key, key = jax.random.split(self.make_rng("dropout")) if noisy else (None, None)
         x_TD, context = x_BLD.reshape(-1, model_width), context.replace(key=router_key)
-        weights = w_in_EDGF.astype(self.dtype), w_out_EFD.astype(self.dtype)
         latent = None if config.latent_divisor == 1 else tuple(
             self.param(name, nn.with_logical_partitioning(nn.initializers.normal(shape[0]**-0.5), names), shape)
             .astype(self.dtype)
@@ -279,8 +287,9 @@ class MixtureOfExperts(nn.Module):
             self.param(name, nn.with_logical_partitioning(nn.initializers.zeros, names), shape).astype(self.dtype)
             for name, shape, names in (("b_in", (count, activation.inputs, hidden), ("experts", "gate_up", "expert_ffn")),
                                        ("b_out", (count, width), ("experts", "embed"))))
-        mixed = mixture(config, own, state, *weights, x_TD, context, key, latent, biases, activation)
+        mixed = mixture(config, own, state, w_in_EDGF, w_out_EFD, x_TD, context, key, latent, biases, activation)
         if not self.is_initializing():
             self.sow(DECISIONS, "assignments", mixed.assignments)
+            self.sow(INPUTS, "x_TD", x_TD)
         y_BLD = sharding.constrain(mixed.y_TD.reshape(batch, length, model_width), "batch", "length", None)
         return y_BLD, mixed.record, mixed.carry_TC
