@@ -49,6 +49,7 @@ MAY_IMPORT = {
               "evaluation", "metrics"},
     "hf": {"sharding", "models", "moe.routing", "evaluation", "checkpoint", "data"},
     "commands": {"processes", "sharding", "checkpoint", "data", "evaluation", "generation", "metrics", "models", "train"},
+    "compress": {"checkpoint", "data", "evaluation", "models", "train"},
     "main": {"allocator", "commands", "processes"},
     "moejax": {"evaluation", "generation", "hf"},
 }

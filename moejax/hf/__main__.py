@@ -1,16 +1,13 @@
 """python -m moejax.hf import HF_DIR WORKDIR | export WORKDIR HF_DIR | upcycle WORKDIR NEW"""
 
 import argparse
-import contextlib
 import dataclasses
-import json
 import shutil
 import sys
 from pathlib import Path
-from typing import Any, Iterator, Sequence
+from typing import Any, Sequence
 
-from moejax.config import Config, MoEConfig, UserError, build_group, check, nearest, read_object, to_dict
-from moejax.hf.disk import check_free
+from moejax.config import MoEConfig, UserError, build_group, check, nearest, read_object
 
 USAGE = """
   python -m moejax.hf import HF_DIR WORKDIR     a checkpoint with config.json and *.safetensors becomes a workdir
@@ -21,20 +18,25 @@ What an imported model is good for:
   python -m moejax.main --workdir=WORKDIR --mode=generate --prompt="..."
   python -m moejax.main --config=WORKDIR/config.json --workdir=runs/tuned --config.data.source="texts/*.txt"
 """
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "vocab.json",
-                   "merges.txt", "vocab.txt", "spiece.model", "generation_config.json", "chat_template.jinja",
-                   "added_tokens.json")
-ORIGINAL = "hf"
-"""Folder of a workdir that keeps config.json and the tokenizer of the imported checkpoint, for the export."""
 
 
 def import_checkpoint(source: Path, workdir: Path, dtype: str) -> None:
     """Makes a workdir of a checkpoint, or nothing. Raises `UserError` as `from_hf` does, or if the workdir is there."""
     check(source.is_dir(), f"{source}: no such folder; give that of a checkpoint, with config.json and *.safetensors")
-    check_free(workdir)
+    from moejax.checkpoint.made import (
+        ORIGINAL,
+        TOKENIZER_FILES,
+        built_beside,
+        check_free,
+        copy_present,
+        count,
+        find_tokenizer,
+        save_model,
+    )
     from moejax.data.tokenizers import make_tokenizer
     from moejax.hf.load import read_config, read_variables
     from moejax.models import transformer
+    check_free(workdir)
     family, config = read_config(source, dtype)
     tokenizer = find_tokenizer(source)
     with built_beside(workdir) as part:
@@ -52,65 +54,9 @@ def import_checkpoint(source: Path, workdir: Path, dtype: str) -> None:
               "--config.data.tokenizer to one")
 
 
-def count(variables: Any) -> int:
-    """Numbers in all arrays of a tree."""
-    import jax
-    return sum(leaf.size for leaf in jax.tree.leaves(variables))
-
-
-def find_tokenizer(folder: Path) -> Path | None:
-    """The tokenizer file of a checkpoint that moejax can read; None if there is none."""
-    names = ("tokenizer.json", "tokenizer.model", "spiece.model")
-    return next((folder / name for name in names if (folder / name).is_file()), None)
-
-
-def copy_present(source: Path, folder: Path, names: Sequence[str]) -> None:
-    """Copies those of the files that there are."""
-    for name in names:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
-
-
-def save_model(part: Path, workdir: Path, config: Config, variables: Any) -> None:
-    """Writes a checkpoint of step 0 and a config.json, with which a run starts from it and tokenises as it does.
-
-    Args:
-      part: the folder to write, which becomes `workdir`; holds the original checkpoint's tokenizer, if there is one.
-      workdir: the name that the folder will have.
-      config: of the model.
-      variables: {"params": ..., "router": ...}.
-    """
-    from moejax.checkpoint.store import Store
-    store = Store(part)
-    store.save(0, {"model": variables}, {"content": None}, None)
-    store.close()
-    tree, workdir = to_dict(config), workdir.absolute()  # so that it is found from any folder
-    tree["train"]["init_from"] = str(workdir)
-    if tokenizer := find_tokenizer(part / ORIGINAL):
-        tree["data"]["tokenizer"] = str(workdir / ORIGINAL / tokenizer.name)
-    (part / "config.json").write_text(json.dumps(tree, indent=2))
-
-
-@contextlib.contextmanager
-def built_beside(folder: Path) -> Iterator[Path]:
-    """A folder beside the wanted one, which takes its name at the end, or is removed if there is an error."""
-    folder = folder.absolute()
-    part = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    try:
-        part.mkdir(parents=True)
-        yield part
-        if folder.exists():
-            folder.rmdir()
-        part.rename(folder)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another folder") from None
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-
-
 def export_checkpoint(workdir: Path, target: Path, family: str | None, dtype: str | None, step: int | None) -> None:
     """Writes a checkpoint of a workdir for other libraries, or nothing. Raises `UserError` as `to_hf` does."""
+    from moejax.checkpoint.made import ORIGINAL, TOKENIZER_FILES, built_beside, check_free, copy_present, find_tokenizer
     check_free(target)
     from moejax.evaluation.load import load
     from moejax.hf.families import FAMILIES
@@ -134,13 +80,14 @@ def export_checkpoint(workdir: Path, target: Path, family: str | None, dtype: st
 
 def upcycle_workdir(workdir: Path, new: Path, changes: dict[str, Any], how: dict[str, Any], seed: int) -> None:
     """Makes a workdir with experts of one with a dense model, or nothing. Raises `UserError` as `upcycle` does."""
-    check_free(new)
     import jax
 
+    from moejax.checkpoint.made import ORIGINAL, built_beside, check_free, count, save_model
     from moejax.checkpoint.workdir import read_config
     from moejax.evaluation.load import load
     from moejax.models import transformer
     from moejax.models.upcycle import Upcycling, upcycle
+    check_free(new)
     model, variables = load(workdir)
     moe = build_group(MoEConfig, {name: value for name, value in changes.items() if value is not None}, "config.moe")
     sparse, upcycled = upcycle(model, variables, moe, Upcycling(**how), jax.random.key(seed))

@@ -15,12 +15,6 @@ SINGLE = "model.safetensors"
 SHARD_BYTES = 5 * 2**30
 
 
-def check_free(folder: Path) -> None:
-    """Raises `UserError` if there is something at that path other than an empty folder."""
-    check(not folder.exists() or folder.is_dir() and not any(folder.iterdir()),
-          f"{folder}: is not an empty folder; choose another name, nothing is overwritten")
-
-
 class Files:
     """The tensors of a folder, read one by one.
 

@@ -9,6 +9,7 @@ from typing import Any, Mapping, Sequence
 import ml_dtypes
 import numpy as np
 
+from moejax.checkpoint.made import check_free
 from moejax.config import ModelConfig, MoEConfig, UserError, check, flatten, to_dict
 from moejax.evaluation.load import abstract_variables
 from moejax.hf import disk, tensors
@@ -41,7 +42,7 @@ def to_hf(model: transformer.Transformer, params: Mapping[str, Any], folder: str
     folder, name = Path(folder), family or model.model.architecture.family
     check(name in FAMILIES, f"family={name!r} must be one of {', '.join(FAMILIES)}")
     check(dtype in DTYPES, f"dtype={dtype!r} must be one of {', '.join(DTYPES)}")
-    disk.check_free(folder)
+    check_free(folder)
     chosen = FAMILIES[name]
     values = express(chosen, model)
     shapes = flat(abstract_variables(model)[0])

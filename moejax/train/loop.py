@@ -72,6 +72,8 @@ def train(config: Config, workdir: Path) -> Finished:
     chief = jax.process_index() == 0
     with processes.same_fate():
         setup = set_up(config)
+        check(not setup.config.model.architecture.expert_bits, "config.model.architecture.expert_bits: experts in few bits "
+              "cannot be trained; train the model that they were made of, and make them again")
     prepared = prepare_on_chief(setup.config, workdir)
     if chief:
         print(describe(setup), flush=True)

@@ -2,7 +2,7 @@
 
 import math
 from functools import partial
-from typing import Any, Callable, Mapping, NamedTuple
+from typing import Any, Callable, Mapping, NamedTuple, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -61,13 +61,13 @@ class Setup(NamedTuple):
     put: Callable[[Mapping[str, np.ndarray]], dict[str, Array]]
 
 
-def set_up(config: Config) -> Setup:
-    """Builds and checks everything; allocates nothing.
+def set_up(config: Config, devices: Sequence[jax.Device] | None = None) -> Setup:
+    """Builds and checks everything; allocates nothing. Devices are those of the mesh; None takes all.
 
     Raises:
       UserError: the config does not fit the devices, or asks for what does not exist.
     """
-    mesh = sharding.make_mesh(config.mesh)
+    mesh = sharding.make_mesh(config.mesh, devices)
     check_batches(config, mesh)
     config = transformer.resolve(config)
     check(config.model.head != "none", "config.model.head=none leaves nothing to train; set it to tokens or classes")
