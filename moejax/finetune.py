@@ -29,6 +29,10 @@ class Finetune:
     lora_alpha: float = key(16.0, "adapters count this over lora_rank", low=0)
     lora: tuple[str, ...] = key(("*attention/w_*",), "patterns of the weight matrices that get adapters, each expert's its "
                                 "own")
+    teacher: str | None = key(None, "workdir of a model of the same tokens and kind that the run learns from beside its "
+                              "text, such as a large sparse one for a small dense one (1503.02531)")
+    teacher_weight: float = key(0.5, "share of the teacher in the loss", low=0, high=1)
+    teacher_temperature: float = key(1.0, "by which the scores of both are divided before they are compared", low=0.01)
     metric: str = key("loss", "what of an evaluation says which checkpoint is the best, as metrics.jsonl calls it",
                       free=True)
     patience: int | None = key(None, "evaluations in a row that are not better than the best, after which the run ends; "

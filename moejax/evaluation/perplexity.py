@@ -38,7 +38,7 @@ def make_eval_step(forward: Callable[..., tuple[Array, Any]], objective: Callabl
 
     Args:
       forward: (params, router_state, batch) -> (x, records).
-      objective: (params, x, targets, mask) -> (sum to minimise, sums to report).
+      objective: (params, x, batch) -> (sum to minimise, sums to report).
       where: the results are to lie.
       options: for the compiler.
       with_scores: whether x holds the scores of rows, which are kept.
@@ -46,7 +46,7 @@ def make_eval_step(forward: Callable[..., tuple[Array, Any]], objective: Callabl
     @partial(jax.jit, out_shardings=where, compiler_options=options)
     def eval_step(params: Any, router_state: Any, batch: Mapping[str, Array]) -> tuple[dict[str, Array], Any, Any]:
         x, records = forward(params, router_state, batch)
-        _, sums = objective(params, x, batch["targets"], batch["mask"])
+        _, sums = objective(params, x, batch)
         told = [record.replace(statistics={}) for record in in_order(records)]
         scores = (x, batch["targets"], batch["mask"]) if with_scores else None
         return sums | {"targets": batch["mask"].sum()}, told, scores

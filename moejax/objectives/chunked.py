@@ -14,12 +14,12 @@ from jax.sharding import PartitionSpec as P
 
 from moejax import axes, sharding
 
-Objective = Callable[[Array, Array, Array], tuple[Array, dict[str, Array]]]
-"""(logits_BLV, targets_BL, mask_BL) -> (sum over tokens to minimise, sums to report)."""
+Objective = Callable[..., tuple[Array, dict[str, Array]]]
+"""(logits_BLV, targets_BL, mask_BL, ...) -> (sum over tokens to minimise, sums to report)."""
 
 
-def over_chunks(objective: Objective, chunk_tokens: int | None, head_DV: Array, x_BLD: Array, targets_BL: Array,
-                mask_BL: Array) -> tuple[Array, dict[str, Array]]:
+def over_chunks(objective: Objective, chunk_tokens: int | None, head_DV: Array, x_BLD: Array,
+                *rows_BL: Array) -> tuple[Array, dict[str, Array]]:
     """An objective of the logits x @ head, in chunks of the sequences; only the sum to minimise is differentiated.
 
     Args:
@@ -27,22 +27,22 @@ def over_chunks(objective: Objective, chunk_tokens: int | None, head_DV: Array, 
       chunk_tokens: tokens in a chunk on one device, at most; None takes all at once.
       head_DV: float32, used in the type of x.
       x_BLD: last activations.
-      targets_BL, mask_BL: as the objective takes them.
+      rows_BL: targets, mask and whatever else the objective takes for each token.
 
     Returns:
       What the objective returns.
     """
     if sharding.current_mesh() is None:
-        return _scanned(objective, chunk_tokens, head_DV, x_BLD, targets_BL, mask_BL)
+        return _scanned(objective, chunk_tokens, head_DV, x_BLD, rows_BL)
 
-    def on_device(head_DV: Array, *rows: Array) -> tuple[Array, dict[str, Array]]:
+    def on_device(head_DV: Array, x_BLD: Array, rows_BL: tuple[Array, ...]) -> tuple[Array, dict[str, Array]]:
         # Marked as varying, so that its gradient is summed over the devices once, after all chunks.
         head_DV = sharding.varying_over(head_DV, axes.TOKEN_AXES)
-        return jax.lax.psum(_scanned(objective, chunk_tokens, head_DV, *rows), axes.TOKEN_AXES)
+        return jax.lax.psum(_scanned(objective, chunk_tokens, head_DV, x_BLD, rows_BL), axes.TOKEN_AXES)
 
     rows = P(axes.BATCH_AXES, axes.CONTEXT)
-    return jax.shard_map(on_device, in_specs=(P(), rows, rows, rows), out_specs=P(), axis_names=set(axes.TOKEN_AXES))(
-        head_DV, x_BLD, targets_BL, mask_BL)
+    return jax.shard_map(on_device, in_specs=(P(), rows, rows), out_specs=P(), axis_names=set(axes.TOKEN_AXES))(
+        head_DV, x_BLD, rows_BL)
 
 
 def chunks_of(batch: int, length: int, chunk_tokens: int | None) -> int:
@@ -53,13 +53,13 @@ def chunks_of(batch: int, length: int, chunk_tokens: int | None) -> int:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _scanned(objective, chunk_tokens, head_DV, x_BLD, targets_BL, mask_BL):
+def _scanned(objective, chunk_tokens, head_DV, x_BLD, rows_BL):
     values = jax.lax.map(lambda part: objective(_logits(part[0], head_DV), *part[1:]),
-                         _split(chunk_tokens, x_BLD, targets_BL, mask_BL))
+                         _split(chunk_tokens, x_BLD, *rows_BL))
     return jax.tree.map(lambda a: jnp.sum(a, axis=0), values)
 
 
-def _forward(objective, chunk_tokens, head_DV, x_BLD, targets_BL, mask_BL):
+def _forward(objective, chunk_tokens, head_DV, x_BLD, rows_BL):
     def step(d_head_DV: Array, part: Any) -> tuple[Array, Any]:
         x_BlD, *rest = part
         value, d_logits_BlV = jax.value_and_grad(objective, has_aux=True)(_logits(x_BlD, head_DV), *rest)
@@ -71,14 +71,14 @@ def _forward(objective, chunk_tokens, head_DV, x_BLD, targets_BL, mask_BL):
         return d_head_DV, (value, dx_BlD)
 
     zeros_DV = sharding.varying_like(jnp.zeros_like(head_DV), head_DV)
-    d_head_DV, (values, dx_CBlD) = jax.lax.scan(step, zeros_DV, _split(chunk_tokens, x_BLD, targets_BL, mask_BL))
+    d_head_DV, (values, dx_CBlD) = jax.lax.scan(step, zeros_DV, _split(chunk_tokens, x_BLD, *rows_BL))
     dx_BLD = jnp.moveaxis(dx_CBlD, 0, 2).reshape(x_BLD.shape)
     return jax.tree.map(lambda a: jnp.sum(a, axis=0), values), (d_head_DV, dx_BLD)
 
 
 def _backward(objective, chunk_tokens, gradients, cotangents):
     d_head_DV, dx_BLD = jax.tree.map(lambda a: (cotangents[0] * a).astype(a.dtype), gradients)
-    return d_head_DV, dx_BLD, None, None
+    return d_head_DV, dx_BLD, None
 
 
 _scanned.defvjp(_forward, _backward)

@@ -32,6 +32,7 @@ from moejax.train.best import Best
 from moejax.train.progress import Progress, duration
 from moejax.train.setup import Setup, describe, set_up
 from moejax.train.state import TrainState
+from moejax.train.teacher import with_teacher
 
 
 class Finished(NamedTuple):
@@ -82,7 +83,8 @@ def train(config: Config, workdir: Path) -> Finished:
     store = Store(workdir, config.train.keep, metric=tuning.metric, lower=tuning.lower)
     try:
         with jax.set_mesh(setup.mesh), stop_on_signal() as stop_requested:
-            return _run(setup, prepared, store, recorder, stop_requested)
+            taught = with_teacher(setup.config, setup.mesh, workdir)
+            return _run(setup, prepared, store, recorder, stop_requested, taught)
     finally:
         store.close()
         if recorder:
@@ -123,7 +125,7 @@ def content_of_run(workdir: Path) -> str | None:
 
 
 def _run(setup: Setup, prepared: Prepared, store: Store, recorder: Recorder | None,
-         stop_requested: Callable[[], bool]) -> Finished:
+         stop_requested: Callable[[], bool], taught: Callable[[Any], Any]) -> Finished:
     config, options = setup.config, setup.config.train
     tuning = options.finetune
     loader = train_loader(make_rows(prepared.train, prepared.tokenizer, config), config,
@@ -139,7 +141,7 @@ def _run(setup: Setup, prepared: Prepared, store: Store, recorder: Recorder | No
     if step < options.steps and not ended:
         progress.say("compiling the train step ...")
     while step < options.steps and not stopped and not ended:
-        batch = setup.put(next(loader))
+        batch = taught(setup.put(next(loader)))
         state, means, records = setup.train_step(state, batch)
         step += 1
         meter.add(means, records)

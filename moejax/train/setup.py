@@ -19,10 +19,12 @@ from moejax.moe.routing import get_router
 from moejax.objectives.chunked import over_chunks
 from moejax.objectives.classes import classification, multi_label, regression
 from moejax.objectives.cross_entropy import cross_entropy
+from moejax.objectives.distillation import distillation
 from moejax.train.moving import Moving, join, moving
 from moejax.train.optimizer import make_optimizer
 from moejax.train.state import TrainState, initialise, state_shardings
 from moejax.train.step import Functions, train_step
+from moejax.train.teacher import TEACHER
 
 
 class Setup(NamedTuple):
@@ -136,10 +138,17 @@ def make_functions(config: Config, model: transformer.Transformer, chosen: Movin
     by_row = {"classification": partial(classification, weight_C=weight_C, label_smoothing=task.label_smoothing),
               "multi_label": multi_label, "regression": regression}
 
-    def objective(params: Any, x: Array, targets: Array, mask: Array) -> tuple[Array, dict[str, Array]]:
+    tuning = config.train.finetune
+    taught = distillation(per_token, tuning.teacher_weight, tuning.teacher_temperature)
+
+    def objective(params: Any, x: Array, batch: Mapping[str, Array]) -> tuple[Array, dict[str, Array]]:
+        rows = [batch["targets"], batch["mask"]]
         if not by_token:
-            return by_row[task.objective](x, targets, mask)
-        return over_chunks(per_token, config.train.loss_chunk, transformer.head(model, params), x, targets, mask)
+            return by_row[task.objective](x, *rows)
+        head_DV, chunk = transformer.head(model, params), config.train.loss_chunk
+        if TEACHER in batch:
+            return over_chunks(taught, chunk, head_DV, x, *rows, batch[TEACHER])
+        return over_chunks(per_token, chunk, head_DV, x, *rows)
 
     router = get_router(config.moe.router)
     sparse = config.moe.every > 0

@@ -23,7 +23,7 @@ class Functions(NamedTuple):
       join: puts them together again.
       totals: batch -> the `totals` argument of `forward`.
       forward: (params, router_state, batch, train, key, totals, wholes) -> (x, records), x being what the objective takes.
-      objective: (params, x, targets, mask) -> (sum to minimise, sums to report).
+      objective: (params, x, batch) -> (sum to minimise, sums to report).
       wholes: records -> the `wholes` argument of `forward`; None if no loss needs the statistics of the whole batch.
       update_router: (router_state, records) -> router_state.
       loss_weights: weight of each router loss, which is averaged over the sparse layers.
@@ -33,7 +33,7 @@ class Functions(NamedTuple):
     join: Callable[[Any, Any], Any]
     totals: Callable[[Batch], Any]
     forward: Callable[..., tuple[Array, Any]]
-    objective: Callable[[Any, Array, Array, Array], tuple[Array, dict[str, Array]]]
+    objective: Callable[[Any, Array, Batch], tuple[Array, dict[str, Array]]]
     wholes: Callable[[Any], Any] | None
     update_router: Callable[[Any, Any], Any]
     loss_weights: Mapping[str, float]
@@ -72,7 +72,7 @@ def gradients(functions: Functions, state: TrainState, batch: Batch, parts: int)
     def loss(moving: Any, part: Batch, part_key: Array, wholes: Any) -> tuple[Array, tuple[dict[str, Array], Any]]:
         params = functions.join(moving, still)
         x, records = functions.forward(params, state.router_state, part, True, part_key, totals, wholes)
-        objective, sums = functions.objective(params, x, part["targets"], part["mask"])
+        objective, sums = functions.objective(params, x, part)
         means = {name: value / targets for name, value in sums.items()}
         return objective / targets + auxiliary_loss(records, functions.loss_weights), (means, records)
 

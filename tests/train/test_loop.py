@@ -151,3 +151,19 @@ def test_a_run_ends_when_its_patience_does_and_keeps_the_best(config, tmp_path):
     assert again.step == 9 and again.evaluation["loss"] == ended.evaluation["loss"]
     longer = loop.train(changed(idle, train__finetune={"patience": 3}), tmp_path)
     assert longer.step == 12 and longer.best.step == 3
+
+
+def test_a_dense_student_learns_from_a_sparse_teacher(run, config, tmp_path):
+    """With the teacher alone as its aim it comes to score as the teacher does; the text's own targets count for nothing."""
+    teacher, finished = run
+    student = changed(config, moe__every=0, train__eval_every=30, train__checkpoint_every=30, train__finetune={
+        "teacher": str(teacher), "teacher_weight": 1.0})
+    ended = loop.train(student, tmp_path / "student")
+    told = [r["aux/teacher"] for r in record.read(tmp_path / "student") if r["split"] == "train"]
+    assert told[-1] < 0.3 * told[0]
+    assert ended.evaluation["loss"] < finished.evaluation["loss"] + 0.5
+    (tmp_path / "other").mkdir()
+    with pytest.raises(config_lib.UserError, match="was not trained with the tokenizer of this run"):
+        loop.train(changed(student, data__tokenizer="sentencepiece", model__vocab_size=300), tmp_path / "other")
+    with pytest.raises(config_lib.UserError, match="model of another kind, head or vocabulary"):
+        loop.train(changed(student, model__vocab_size=300), tmp_path / "third")
