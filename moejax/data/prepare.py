@@ -8,6 +8,7 @@ A prepared folder holds
     train_target.npy ...                pairs: the same four files of the targets, each with its end
     train_labels.npy, eval_labels.npy   labels: int32 or float32 [documents], or float32 0 and 1 [documents, labels]
     eval.utf8                           the held-out text, joined
+    eval_references.json                pairs: the held-out targets as they were
     tokenizer files                     see `tokenizers.load_tokenizer`
     summary.json                        counts, `fingerprint` and `content`; written last, so no other file is trusted
                                         without it
@@ -30,14 +31,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moejax.config import Config, check
+from moejax.config import Config, UserError, check
 from moejax.data import sources
 from moejax.data.examples import Example, Reader
 from moejax.data.specials import special_ids
 from moejax.data.tokenizers import Tokenizer, load_tokenizer, make_tokenizer, tokenizer_files
 from moejax.task import LABELS, PAIRS, TEXT, Task, reserved_ids, resolve, window_of
 
-FORMAT = 2
+FORMAT = 3
 """Raise it when the same config would give other files."""
 KEYS = ("source", "eval_source", "eval_fraction", "text_key", "task", "on_bad_record", "tokenizer", "shuffle")
 """Keys of config.data that change what is prepared; the others act when batches are made."""
@@ -45,6 +46,7 @@ SPLITS = ("train", "eval")
 BATCH_DOCUMENTS, BATCH_LETTERS = 1000, 4 << 20
 """Documents and text tokenised together: what is held in memory."""
 SAY_SECONDS = 10
+REFERENCES = "eval_references.json"
 
 
 class TokenStream(NamedTuple):
@@ -206,6 +208,14 @@ def load_prepared(folder: Path) -> Prepared:
     return Prepared(load_tokenizer(folder), *streams, folder, content, labels)
 
 
+def load_references(folder: Path) -> list[str]:
+    """The held-out targets of a prepared folder, as they were before they became tokens."""
+    try:
+        return json.loads((folder / REFERENCES).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise UserError(f"{folder / REFERENCES}: missing or broken; delete the folder and start again") from None
+
+
 def _load_stream(folder: Path, split: str, counts: dict[str, int]) -> TokenStream:
     """One split. Raises ValueError if a file has not the size that it should have, and what numpy raises."""
     def load(name: str, tokens: int, **more: Any) -> TokenStream:
@@ -270,7 +280,7 @@ def _tokenise(config: Config, tokenizer: Tokenizer, reader: Reader, folder: Path
     task, dtype = config.data.task, _dtype(tokenizer)
     names = [f"{split}{part}" for split in SPLITS for part in ("", "_target") if part == "" or task.data == PAIRS]
     lengths, labels = {name: [] for name in names}, {split: [] for split in SPLITS}
-    text_bytes = dict.fromkeys(SPLITS, 0)
+    text_bytes, references = dict.fromkeys(SPLITS, 0), []
     content = hashlib.md5((folder / "tokenizer_config.json").read_bytes(), usedforsecurity=False)
     begin = said = time.monotonic()
     with contextlib.ExitStack() as stack:
@@ -288,6 +298,7 @@ def _tokenise(config: Config, tokenizer: Tokenizer, reader: Reader, folder: Path
                 text_bytes[split] += len(data)
                 if split == "eval":
                     held_out_text.write(data)
+                    references += [] if example.target is None else [example.target]
                 content.update(f"{split} {len(data)} ".encode() + data)
                 for part, rows in parts.items():
                     tokens = np.array(rows[number], dtype)
@@ -302,6 +313,8 @@ def _tokenise(config: Config, tokenizer: Tokenizer, reader: Reader, folder: Path
                 say(f"data: {sum(len(lengths[split]) for split in SPLITS):,} documents, "
                     f"{sum(text_bytes.values()) / 1e6:.1f} MB tokenised in {said - begin:.0f} s")
     os.replace(folder / "eval.utf8.part", folder / "eval.utf8")
+    if task.data == PAIRS:
+        (folder / REFERENCES).write_text(json.dumps(references, ensure_ascii=False), encoding="utf-8")
     where = f"config.data.source={config.data.source!r}"
     check(bool(lengths["eval"]), f"{where}: none of its {len(lengths['train'])} documents is held out; raise "
           f"config.data.eval_fraction={config.data.eval_fraction} or set config.data.eval_source")
