@@ -19,10 +19,11 @@ TOKEN_AXES = (REPLICA, DATA, EXPERT, CONTEXT)
 """Mesh axes over which the flattened tokens of a batch are split."""
 
 LOGICAL_AXES = ("batch", "length", "embed", "q_heads", "kv_heads", "head_dim", "vocab", "layers", "experts", "ffn",
-                "expert_ffn", "gate_up", "router", "latent", "positions", "classes")
+                "expert_ffn", "gate_up", "router", "latent", "positions", "classes", "rank")
 """What a dimension of an array means; `sharding.RULES` says where it lies. `gate_up` is the pair of input projections
 of a gated feed-forward layer, `router` the scores that a router gives, `latent` what latent attention makes queries, keys
-and values of, `positions` the rows of a small table (positions, types, distances), `classes` the scores of a classifier."""
+and values of, `positions` the rows of a small table (positions, types, distances), `classes` the scores of a
+classifier, `rank` the inner side of an adapter."""
 
 STACKING_AXES = ("layers", "experts", "gate_up")
 """Logical axes that stack independent matrices; no axis of a matrix itself."""

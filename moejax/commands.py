@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from moejax import processes, sharding
 from moejax.checkpoint.workdir import check_continues, read_config, unchanged_on_user_error
-from moejax.config import Config, UserError, to_dict
+from moejax.config import Config, UserError, check, to_dict
 from moejax.data.baselines import unigram_bits_per_byte, xz_bits_per_byte
 from moejax.data.prepare import Prepared, load_prepared, load_references
 from moejax.data.rows import shorten
@@ -68,11 +68,12 @@ def evaluate(config: Config | None, workdir: Path, step: int | None, inputs: int
         setup = set_up(config_of_run(config, workdir))
         prepared = load_prepared(workdir / "data")
         restored = load_sharded(workdir, setup.mesh, step)
+        references = references_of(setup.config, workdir, inputs, options.get("max_new_tokens", 0))
     variables = restored.items["model"]
     with jax.set_mesh(setup.mesh):
         record = loop.run_evaluation(setup, prepared, variables["params"], variables["router"], restored.step)
-    if setup.config.data.task.data == PAIRS and inputs != 0:
-        record |= answered(setup.config, setup.model, variables, setup.mesh, prepared, workdir, inputs, options)
+    if references:
+        record |= answered(setup.config, setup.model, variables, setup.mesh, prepared, workdir, references, options)
     with processes.same_fate():
         if jax.process_index() == 0:
             recorder = Recorder(workdir)
@@ -91,15 +92,12 @@ ANSWERS = "answers.jsonl"
 
 
 def answered(config: Config, model: Any, variables: Any, mesh: Mesh, prepared: Prepared, workdir: Path,
-             count: int | None, options: dict[str, Any]) -> dict[str, Any]:
+             references: list[str], options: dict[str, Any]) -> dict[str, Any]:
     """Answers held-out inputs, writes them beside their references, and returns the scores."""
     stream, tokenizer = prepared.eval, prepared.tokenizer
-    with processes.same_fate():
-        references = load_references(prepared.folder)[:count]
-        text_metrics(["a"], ["a"])  # which raises if it cannot score
     if jax.process_count() == 1:  # one device is quicker than many for short texts
         variables, mesh = jax.device_put(variables, jax.local_devices()[0]), None
-    room = config.data.encoder_length if config.model.kind == "encoder_decoder" else config.data.length
+    room = input_room(config, options["max_new_tokens"])
     inputs = [shorten(np.asarray(stream.document(i)), room).tolist() for i in range(len(references))]
     size, made = config.data.eval_batch_size or config.data.batch_size, []
     for begin in tqdm(range(0, len(inputs), size), unit="batch", disable=jax.process_index() != 0):
@@ -107,11 +105,50 @@ def answered(config: Config, model: Any, variables: Any, mesh: Mesh, prepared: P
         batch += [batch[-1]] * (size - len(batch))  # so that all are of one size, and compiled once
         made += written(model, variables, mesh, tokenizer, config, batch, **options)
     made = made[:len(inputs)]
-    if jax.process_index() == 0:
-        lines = (json.dumps({"input": tokenizer.decode(ids), "answer": answer, "reference": reference}, ensure_ascii=False)
-                 for ids, answer, reference in zip(inputs, made, references))
-        (workdir / ANSWERS).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    with processes.same_fate():
+        if jax.process_index() == 0:
+            write_answers(workdir / ANSWERS, [tokenizer.decode(ids) for ids in inputs], made, references)
     return {"answers": len(made)} | text_metrics(made, references)
+
+
+def input_room(config: Config, new_tokens: int) -> int:
+    """Tokens of an input that is to be answered. Raises `UserError` if a decoder's context has no room for one."""
+    if config.model.kind == "encoder_decoder":
+        return config.data.encoder_length
+    room = min(config.data.length, config.model.max_length - new_tokens)
+    check(room > 1, f"--max_new_tokens={new_tokens} leaves no room for an input in config.model.max_length="
+          f"{config.model.max_length}; lower it")
+    return room
+
+
+def references_of(config: Config, workdir: Path, inputs: int | None, new_tokens: int) -> list[str]:
+    """The targets of the held-out inputs that are to be answered; none if nothing asks for answers that cannot be scored.
+
+    Raises:
+      UserError: --answers was given, and there are no targets or no packages to score by.
+    """
+    check(config.data.task.data == PAIRS or inputs is None, "--answers is for models of pairs; leave it out")
+    if config.data.task.data != PAIRS or inputs == 0:
+        return []
+    input_room(config, new_tokens)
+    try:
+        text_metrics(["a"], ["a"])
+        return load_references(workdir / "data")[:inputs]
+    except UserError as error:
+        if inputs is not None:
+            raise
+        say(f"no answers: {error}")
+        return []
+
+
+def write_answers(path: Path, inputs: list[str], answers: list[str], references: list[str]) -> None:
+    """One line of JSON for each. Raises `UserError` if the file cannot be written."""
+    lines = (json.dumps({"input": given, "answer": answer, "reference": reference}, ensure_ascii=False)
+             for given, answer, reference in zip(inputs, answers, references))
+    try:
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
 
 
 def generate(config: Config | None, workdir: Path, step: int | None, prompts: Sequence[str], **options: Any) -> None:

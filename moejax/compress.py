@@ -60,22 +60,21 @@ def compress(workdir: Path, new: Path, batches: int, source: str | None,
             rows = make_rows(prepared.train, prepared.tokenizer, transformer.resolve(config))
             return islice(train_loader(rows, config), batches)
 
-        def held_out(config: Config, variables: Any) -> dict[str, Any]:
+        def tell(name: str, config: Config, variables: Any) -> None:
             setup = set_up(config, jax.local_devices()[:1])
             with jax.set_mesh(setup.mesh):
-                return run_evaluation(setup, prepared, variables["params"], variables["router"], 0)
+                record = run_evaluation(setup, prepared, variables["params"], variables["router"], 0)
+            line = evaluation_line(record).partition("  ")[2]
+            print(f"{name + ':':<8}{size(variables):>13,} bytes  {line}", flush=True)
 
         smaller, made = make(model, variables, texts)
-        changed = dataclasses.replace(config, model=smaller.model, moe=smaller.moe)
-        before, after = held_out(config, variables), held_out(changed, made)
+        tell("before", config, variables)
+        tell("after", dataclasses.replace(config, model=smaller.model, moe=smaller.moe), made)
         for name in ("data", ORIGINAL):
             if (workdir / name).is_dir():
                 shutil.copytree(workdir / name, part / name)
         stored = dataclasses.replace(transformer.resolve(read_config(workdir)), model=smaller.model, moe=smaller.moe)
         save_model(part, new, stored, made)
-    for name, record, tree in (("before", before, variables), ("after", after, made)):
-        line = evaluation_line(record).partition("  ")[2]
-        print(f"{name + ':':<8}{size(tree):>13,} bytes  {line}")
     print(f"{new}: config.json, checkpoints/ (step 0)")
 
 

@@ -123,6 +123,8 @@ class MoEConfig:
     block_rows: int = key(384, "rows of one block in the blocked grouped matmul", low=1, free=True)
 
 
+MOVED_TO_TASK = {"label_smoothing", "head_z_weight"}
+"""Keys of config.train in a config.json of an earlier version that are options of config.data.task now."""
 ROUTED = tuple(field.name for field in dataclasses.fields(MoEConfig) if "fallback" in field.metadata)
 """Keys that are left to the router."""
 
@@ -322,7 +324,12 @@ def build(tree: Mapping[str, Any]) -> Config:
     Raises:
       UserError: an unknown key, a value of the wrong type or out of range, or values that cannot work together.
     """
-    return build_group(Config, tree.to_dict() if isinstance(tree, ConfigDict) else tree, "config")
+    tree = tree.to_dict() if isinstance(tree, ConfigDict) else dict(tree)
+    for name in set(tree.get("train", {})) & MOVED_TO_TASK:
+        train, data = dict(tree["train"]), dict(tree.get("data", {}))
+        data["task"] = {name: train.pop(name), **(data.get("task") or {})}
+        tree |= {"train": train, "data": data}
+    return build_group(Config, tree, "config")
 
 
 def build_group(kind: type, tree: Mapping[str, Any], where: str) -> Any:
@@ -370,19 +377,6 @@ def _typed_scalar(wanted: type, optional: bool, meta: Mapping[str, Any], value: 
     check(meta["low"] is None or value >= meta["low"], f"{where}={value!r} must be at least {meta['low']}")
     check(meta["high"] is None or value <= meta["high"], f"{where}={value!r} must be at most {meta['high']}")
     return value
-
-
-def changed(old: Config, new: Config) -> tuple[list[str], list[str]]:
-    """Keys that differ between two resolved configs: (those that forbid continuing a run, those free to change).
-
-    What an older version did not know, and so left open, differs from nothing.
-    """
-    old_flat, new_flat = flatten(to_dict(old)), flatten(to_dict(new))
-    known = fields(new)
-    unknown = [f"moe.{name}" for name in ROUTED if old_flat[f"moe.{name}"] == AUTO]
-    differing = [name for name in new_flat if name not in unknown and old_flat.get(name, new_flat[name]) != new_flat[name]]
-    free = [name for name in differing if name in known and known[name].metadata["free"]]
-    return [name for name in differing if name not in free], free
 
 
 def table(kind: type | None = None, prefix: str = "config.") -> str:

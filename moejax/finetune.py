@@ -21,12 +21,12 @@ class Finetune:
     train: tuple[str, ...] | None = key(None, "patterns of the parameters that move; None: all, or with lora_rank none but "
                                         "the adapters and a new head")
     freeze: tuple[str, ...] = key((), "patterns of parameters that stay as they are, among those that would move")
-    freeze_blocks: tuple[int, ...] = key((), "numbers of blocks that stay as they are, from 0, an encoder's before its "
-                                         "decoder's", low=0)
+    freeze_blocks: tuple[int, ...] = key((), "numbers of blocks whose parameters stay as they are, from 0, an encoder's "
+                                         "before its decoder's", low=0)
     layer_decay: float = key(1.0, "factor on the learning rate from each block to the one before it; 1 at the head, and "
                              "the embedding is before the first block", low=0, high=1)
     lora_rank: int = key(0, "rank of the adapters beside the chosen weight matrices (LoRA 2106.09685); 0 has none", low=0)
-    lora_alpha: float = key(16.0, "adapters count this over lora_rank", low=0)
+    lora_alpha: float = key(16.0, "adapters count this over lora_rank", low=1e-6)
     lora: tuple[str, ...] = key(("*attention/w_*",), "patterns of the weight matrices that get adapters, each expert's its "
                                 "own")
     teacher: str | None = key(None, "workdir of a model of the same tokens and kind that the run learns from beside its "
@@ -36,7 +36,7 @@ class Finetune:
     metric: str = key("loss", "what of an evaluation says which checkpoint is the best, as metrics.jsonl calls it",
                       free=True)
     patience: int | None = key(None, "evaluations in a row that are not better than the best, after which the run ends; "
-                               "None goes on to the last step", low=1, free=True)
+                               "the best stays as --step=N; None goes on to the last step", low=1, free=True)
 
     @property
     def lower(self) -> bool:
@@ -67,6 +67,10 @@ def resolve(given: "Finetune | dict | None", metrics: tuple[str, ...]) -> Finetu
         return given
     where = "config.train.finetune"
     options = build_group(Finetune, given or {}, where)
+    for needed, names in (("lora_rank", ("lora", "lora_alpha")), ("teacher", ("teacher_weight", "teacher_temperature"))):
+        idle = [name for name in names if getattr(options, name) != getattr(PLAIN, name)]
+        check(bool(getattr(options, needed)) or not idle, f"{where}.{idle and idle[0]} has no effect without "
+              f"{where}.{needed}; set that, or leave it out")
     check(options.metric in metrics, f"{where}.metric={options.metric} is not measured here; there are "
           f"{', '.join(metrics)}{nearest(options.metric, metrics)}")
     return options

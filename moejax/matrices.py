@@ -15,7 +15,7 @@ def is_matrix(names: tuple[str | None, ...]) -> bool:
     always the model width or a latent's; what has two axes and neither is a bias or the scale of a norm over all heads.
     """
     inner = {names[i] for i in matrix_axes(names)}
-    between = bool({"embed", "latent"} & inner) and not {"vocab", "router", "positions", "classes"} & inner
+    between = bool({"embed", "latent"} & inner) and not {"vocab", "router", "positions", "classes", "rank"} & inner
     return between and len(matrix_axes(names)) >= 2
 
 

@@ -29,6 +29,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "latent": (),
     "positions": (),
     "classes": (),
+    "rank": (),
 }
 """Logical axis -> the mesh axes over which it is split."""
 

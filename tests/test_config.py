@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from moejax import config as config_lib
 from moejax.architecture import Architecture
+from moejax.checkpoint.workdir import changed
 from moejax.config import Config, UserError, build, default
 from moejax.finetune import Finetune
 from moejax.models import transformer
@@ -74,7 +75,7 @@ def test_no_tree_raises_anything_but_a_user_error(tree):
 
 def test_changed_keys_are_told_apart():
     new = dataclasses.replace(Config(), seed=3, train=dataclasses.replace(Config().train, steps=7))
-    assert config_lib.changed(Config(), new) == (["seed"], ["train.steps"])
+    assert changed(Config(), new) == (["seed"], ["train.steps"])
 
 
 def test_the_page_of_keys_is_up_to_date():
@@ -86,3 +87,16 @@ def test_the_page_of_keys_is_up_to_date():
         "run: python -m moejax.task, and paste the table into docs/config.md")
     assert config_lib.table(Finetune, "config.train.finetune.") in page.read_text(), (
         "run: python -m moejax.finetune, and paste the table into docs/config.md")
+
+
+def test_a_config_of_an_earlier_version_is_read_and_its_open_options_are_the_defaults():
+    """Two keys of train are options of the task now, and there were no options of fine-tuning."""
+    old = config_lib.to_dict(transformer.resolve(Config()))
+    del old["train"]["finetune"], old["data"]["task"]["label_smoothing"], old["data"]["task"]["head_z_weight"]
+    old["train"] |= {"label_smoothing": 0.1, "head_z_weight": 0.0}
+    read = build(old)
+    assert transformer.resolve(read).data.task.label_smoothing == 0.1
+    same = build({"data": {"task": {"label_smoothing": 0.1}}})
+    assert changed(read, transformer.resolve(same)) == ([], [])
+    other = build({"data": {"task": {"label_smoothing": 0.1}}, "train": {"finetune": {"lora_rank": 4}}})
+    assert changed(read, transformer.resolve(other)) == (["train.finetune.lora_rank"], [])

@@ -63,6 +63,8 @@ def save_model(part: Path, workdir: Path, config: Config, variables: Any) -> Non
     tree["train"] |= {"init_from": str(workdir), "finetune": None}  # adapters are part of the matrices now
     if tokenizer := find_tokenizer(part / ORIGINAL):
         tree["data"]["tokenizer"] = str(workdir / ORIGINAL / tokenizer.name)
+    elif tokenizer := find_tokenizer(part / "data"):
+        tree["data"]["tokenizer"] = str(workdir / "data" / tokenizer.name)
     (part / "config.json").write_text(json.dumps(tree, indent=2))
 
 
@@ -72,6 +74,7 @@ def built_beside(folder: Path) -> Iterator[Path]:
     folder = folder.absolute()
     part = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
+    missing = [parent for parent in folder.parents if not parent.exists()]
     try:
         part.mkdir(parents=True)
         yield part
@@ -82,3 +85,7 @@ def built_beside(folder: Path) -> Iterator[Path]:
         raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another folder") from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
+        if not folder.exists():
+            with contextlib.suppress(OSError):
+                for parent in missing:
+                    parent.rmdir()

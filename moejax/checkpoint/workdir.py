@@ -5,9 +5,9 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Callable, Iterator
+from typing import Any, Callable, Iterator
 
-from moejax.config import Config, UserError, build, changed, check, flatten, read_object, to_dict
+from moejax.config import AUTO, ROUTED, Config, UserError, build, check, fields, flatten, read_object, to_dict
 
 
 def read_config(workdir: Path) -> Config:
@@ -33,6 +33,23 @@ def holds_run(workdir: Path) -> bool:
     checkpoints, metrics = workdir / "checkpoints", workdir / "metrics.jsonl"
     return (os.path.isdir(checkpoints) and any(name.isdigit() for name in os.listdir(checkpoints))
             or os.path.isfile(metrics) and metrics.stat().st_size > 0)
+
+
+def changed(old: Config, new: Config) -> tuple[list[str], list[str]]:
+    """Keys that differ between two resolved configs: (those that forbid continuing a run, those free to change).
+
+    What an older version did not know was as it is by default now; options of a router, as the router sets them.
+    """
+    old_flat, new_flat = flatten(to_dict(old)), flatten(to_dict(new))
+    known = fields(new)
+    unknown = [f"moe.{name}" for name in ROUTED if old_flat[f"moe.{name}"] == AUTO]
+
+    def before(name: str) -> Any:
+        default = known[name].default if name in known and not name.startswith("moe.") else new_flat[name]
+        return old_flat.get(name, list(default) if isinstance(default, tuple) else default)
+    differing = [name for name in new_flat if name not in unknown and before(name) != new_flat[name]]
+    free = [name for name in differing if name in known and known[name].metadata["free"]]
+    return [name for name in differing if name not in free], free
 
 
 def check_continues(workdir: Path, config: Config) -> list[str]:

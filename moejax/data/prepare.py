@@ -38,7 +38,7 @@ from moejax.data.specials import special_ids
 from moejax.data.tokenizers import Tokenizer, load_tokenizer, make_tokenizer, tokenizer_files
 from moejax.task import LABELS, PAIRS, TEXT, Task, reserved_ids, resolve, window_of
 
-FORMAT = 3
+FORMAT = {TEXT: 2, PAIRS: 3, LABELS: 2}
 """Raise it when the same config would give other files."""
 KEYS = ("source", "eval_source", "eval_fraction", "text_key", "task", "on_bad_record", "tokenizer", "shuffle")
 """Keys of config.data that change what is prepared; the others act when batches are made."""
@@ -213,7 +213,8 @@ def load_references(folder: Path) -> list[str]:
     try:
         return json.loads((folder / REFERENCES).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        raise UserError(f"{folder / REFERENCES}: missing or broken; delete the folder and start again") from None
+        raise UserError(f"{folder / REFERENCES}: missing or broken; delete the folder and give the training command "
+                        "again") from None
 
 
 def _load_stream(folder: Path, split: str, counts: dict[str, int]) -> TokenStream:
@@ -250,7 +251,8 @@ def _fingerprint(config: Config) -> str:
     named = [name for name in (config.data.source, config.data.eval_source) if name is not None]
     found = [sources.identity(name) for name in [*named, *map(str, tokenizer_files(config.data.tokenizer))]]
     classes = config.model.classes if config.data.task.data == LABELS else None
-    parts = [FORMAT, data, config.model.vocab_size, config.model.kind, classes, config.seed, found, reserved_ids(
+    form = FORMAT[config.data.task.data]
+    parts = [form, data, config.model.vocab_size, config.model.kind, classes, config.seed, found, reserved_ids(
         config.data.task, window_of(config.data, config.model.kind))]
     return hashlib.md5(json.dumps(parts).encode(), usedforsecurity=False).hexdigest()
 

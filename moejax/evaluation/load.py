@@ -51,8 +51,13 @@ def abstract_variables(model: transformer.Transformer, options: Finetune = PLAIN
 
 
 def load_sharded(workdir: Path, mesh: Mesh, step: int | None = None) -> Restored:
-    """Reads the variables of a workdir's model (item "model") straight to where they belong on a mesh."""
-    _, logical = abstract_variables(*model_of(workdir))
+    """Reads the variables of a workdir's model (item "model") straight to where they belong on a mesh.
+
+    Raises:
+      UserError: as `load`, or a dimension that the mesh does not divide.
+    """
+    shapes, logical = abstract_variables(*model_of(workdir))
+    sharding.placements(shapes, logical, mesh)  # which raises if the mesh cannot split it
     return restore(workdir, sharding.shardings(logical, mesh), step)
 
 

@@ -47,7 +47,7 @@ def abstract(shapes: Mapping[str, Any], logical: Mapping[str, Any], options: Fin
         check(options.lora_rank < min(math.prod(shape[i] for i in side) for side in (inputs, outputs)),
               f"config.train.finetune.lora_rank={options.lora_rank} is not below the rank of {'/'.join(path)}; lower it")
         for side, which in (("down", (*stacked, *inputs, None)), ("up", (*stacked, None, *outputs))):
-            added_names[*path, side] = tuple(None if i is None else names[i] for i in which)
+            added_names[*path, side] = tuple("rank" if i is None else names[i] for i in which)
             added_shapes[*path, side] = jax.ShapeDtypeStruct(
                 tuple(options.lora_rank if i is None else shape[i] for i in which), jnp.float32)
     return ({**shapes, ADAPTERS: unflatten_dict(added_shapes)}, {**logical, ADAPTERS: unflatten_dict(added_names)})
@@ -86,7 +86,7 @@ def merge(logical: Mapping[str, Any], options: Finetune, params: Mapping[str, An
         return dict(params)
     own = flatten_dict({name: tree for name, tree in params.items() if name != ADAPTERS})
     flat_names, pairs = flatten_dict(logical), flatten_dict(params[ADAPTERS])
-    for path in {path[:-1] for path in pairs}:
+    for path in sorted({path[:-1] for path in pairs}):  # processes must trace the same program
         letters = dict(enumerate(string.ascii_lowercase))
         stacked, inputs, outputs = ("".join(letters[i] for i in part) for part in dimensions(flat_names[path]))
         whole = "".join(letters[i] for i in range(own[path].ndim))

@@ -24,14 +24,12 @@ def in_few_bits(model: transformer.Transformer, variables: Mapping[str, Any], bi
     check(bits in (4, 8), f"experts are stored in 8 or 4 bits, not {bits}")
     check(bool(sparse) and not model_config.architecture.expert_bits, "this model has no experts that are not in few bits "
           "already")
-    width, hidden = model_config.embed // moe.latent_divisor, moe.ffn or model_config.ffn
-    check(bits == 8 or (width % 2 == 0 and hidden % 2 == 0), f"4 bits go in pairs: the width {width} and the experts' "
-          f"hidden width {hidden} must be even; take 8 bits")
+    design = dataclasses.replace(model_config.architecture, expert_bits=bits)
+    transformer.check_experts(dataclasses.replace(model_config, architecture=design), moe)
     params = dict(variables["params"])
     for stack, block in sparse:
         own = dict(params[stack][block]["moe"])
         for name in ("w_in", "w_out"):
             own[name], own[f"{name}_scale"] = jax.vmap(lambda w: quantise(w, bits))(own[name])
         params[stack] = {**params[stack], block: {**params[stack][block], "moe": own}}
-    design = dataclasses.replace(model_config.architecture, expert_bits=bits)
     return model.clone(model=dataclasses.replace(model_config, architecture=design)), {**variables, "params": params}

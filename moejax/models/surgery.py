@@ -43,7 +43,7 @@ class Use(NamedTuple):
     gram_EE: Array
 
     def score(self, by: str) -> np.ndarray:
-        """How much each expert matters, float64 [E]; see `SCORES`."""
+        """How much each expert matters, float64 [E], by one of `SCORES`."""
         tokens_E = np.asarray(self.tokens_E, np.float64)
         return tokens_E if by == "frequency" else np.asarray(self.output_E, np.float64) / np.maximum(tokens_E, 1)
 
@@ -69,7 +69,7 @@ def calibrate(model: transformer.Transformer, variables: Mapping[str, Any], batc
               ) -> list[Use]:
     """The use of the experts over some batches, by sparse layer in order; padding counts for nothing."""
     check_surgery(model, model.moe.num_experts)
-    step = jax.jit(partial(uses_of, model))
+    step = jax.jit(partial(uses_of, model.clone(scan=True)))  # without a scan layers show nothing of what is inside
     total: list[Use] | None = None
     for batch in batches:
         found = step(variables, batch)

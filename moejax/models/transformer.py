@@ -204,6 +204,7 @@ def resolve(config: Config) -> Config:
           f"{data.task.objective} needs config.model.kind={' or '.join(objective.kinds)} and config.model.head="
           f"{objective.head}, not {kind} and {config.model.head}")
     plan_stacks(config.model, moe)  # which raises on blocks that there are not
+    check_experts(config.model, moe)
     if moe.every:
         reason = routing.leak(moe)
         check(reason is None or moe.allow_noncausal_routing or not trunks(config.model)[-1].causal,
@@ -215,6 +216,19 @@ def resolve(config: Config) -> Config:
               "config.moe.routing_group=global decides over the whole batch and cannot be split into "
               f"config.train.microbatches={config.train.microbatches}; use routing_group=sequence or one micro-batch")
     return config
+
+
+def check_experts(model: ModelConfig, moe: MoEConfig) -> None:
+    """Raises `UserError` on merged experts, or experts in few bits, that there cannot be."""
+    design, where = model.architecture, "config.model.architecture"
+    known = routing.get_router(moe.router)
+    check(not design.merged_experts or (known.level == "layer" and known.route is routing.get_router("topk").route
+                                        and design.merged_experts <= moe.num_experts),
+          f"{where}.merged_experts={design.merged_experts} needs a top-k router and no more than config.moe.num_experts="
+          f"{moe.num_experts}; python -m moejax.compress merge makes such models")
+    width, hidden = model.embed // moe.latent_divisor, moe.ffn or model.ffn
+    check(design.expert_bits != 4 or width % 2 == hidden % 2 == 0, f"{where}.expert_bits=4: numbers go in pairs, so the "
+          f"width {width} and the experts' hidden width {hidden} must be even; take 8 bits")
 
 
 def resolve_model(model: ModelConfig) -> ModelConfig:

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moejax.config import Config
 from moejax.models.count import row_lengths, training_flops
-from moejax.train.setup import Setup, set_up
+from moejax.train.setup import Setup, check_trainable, set_up
 
 
 def matmul_ceiling(mesh: Mesh, dtype: Any, repeats: int = 5) -> float:
@@ -68,6 +68,7 @@ def benchmark(config: Config, steps: int = 10) -> dict[str, Any]:
     """
     setup = set_up(config)
     config = setup.config
+    check_trainable(config)
     with jax.set_mesh(setup.mesh):
         ceiling = matmul_ceiling(setup.mesh, config.train.dtype)
         state = setup.initialise()

@@ -13,17 +13,19 @@ class Best(NamedTuple):
       step: at which it was; None before the first.
       value: of the metric.
       since: evaluations after it, none of them better.
+      metric: of which it is the best.
     """
 
     step: int | None = None
     value: float | None = None
     since: int = 0
+    metric: str = "loss"
 
     def after(self, options: Finetune, record: Mapping[str, Any]) -> "Best":
         """The best with one more evaluation; a metric that is not defined there is not better."""
         value = record.get(options.metric, math.nan)
         if options.better(value, self.value):
-            return Best(record["step"], value)
+            return Best(record["step"], value, metric=options.metric)
         return self._replace(since=self.since + 1)
 
     def exhausted(self, options: Finetune) -> bool:
@@ -32,4 +34,6 @@ class Best(NamedTuple):
 
     def said(self, options: Finetune) -> str:
         """For people."""
+        if self.value is None:
+            return f"{options.metric.replace('_', ' ')} was never a number"
         return f"best {options.metric.replace('_', ' ')} {self.value:.4f} at step {self.step}"

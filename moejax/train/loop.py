@@ -30,7 +30,7 @@ from moejax.sharding import flat
 from moejax.train.benchmark import matmul_ceiling
 from moejax.train.best import Best
 from moejax.train.progress import Progress, duration
-from moejax.train.setup import Setup, describe, set_up
+from moejax.train.setup import Setup, check_trainable, describe, set_up
 from moejax.train.state import TrainState
 from moejax.train.teacher import with_teacher
 
@@ -73,8 +73,7 @@ def train(config: Config, workdir: Path) -> Finished:
     chief = jax.process_index() == 0
     with processes.same_fate():
         setup = set_up(config)
-        check(not setup.config.model.architecture.expert_bits, "config.model.architecture.expert_bits: experts in few bits "
-              "cannot be trained; train the model that they were made of, and make them again")
+        check_trainable(setup.config)
     prepared = prepare_on_chief(setup.config, workdir)
     if chief:
         print(describe(setup), flush=True)
@@ -189,17 +188,23 @@ def items(state: TrainState) -> dict[str, Any]:
 def start(setup: Setup, store: Store, loader: Any) -> tuple[TrainState, int, Best]:
     """State, step and best evaluation to go on from, with the loader moved to its place: a checkpoint's, or fresh ones."""
     if not store.steps():
-        fresh = setup.initialise()
+        fresh, nothing = setup.initialise(), best_of({}, setup.config.train.finetune)
         if setup.config.train.init_from is None:
-            return fresh, 0, Best()
+            return fresh, 0, nothing
         with processes.same_fate():
             given = initial_variables(setup, {"params": fresh.params, "router": fresh.router_state})
-        return fresh.replace(params=given["params"], router_state=given["router"]), 0, Best()
+        return fresh.replace(params=given["params"], router_state=given["router"]), 0, nothing
     restored = store.restore(place(items(setup.shapes), items(setup.shardings)))
     loader.set_state(restored.data["loader"])
     model, training = restored.items["model"], restored.items["training"]
     return TrainState(training["step"], model["params"], training["opt_state"], model["router"],
-                      training["key"]), restored.step, Best(**restored.data.get("best", {}))
+                      training["key"]), restored.step, best_of(restored.data, setup.config.train.finetune)
+
+
+def best_of(data: dict[str, Any], options: Finetune) -> Best:
+    """The best evaluation that a checkpoint knows of; none if it goes by another metric now."""
+    best = Best(**data.get("best", {}))
+    return best if best.metric == options.metric else Best(metric=options.metric)
 
 
 def initial_variables(setup: Setup, fresh: Any) -> Any:
@@ -210,6 +215,8 @@ def initial_variables(setup: Setup, fresh: Any) -> Any:
     """
     workdir = Path(setup.config.train.init_from)
     theirs = build(read_config(workdir))
+    check(not theirs.model.architecture.expert_bits, f"config.train.init_from={workdir}: experts in few bits cannot be "
+          "trained; take the model that they were made of")
     found = flat(load_sharded(workdir, setup.mesh).items["model"])
     mine, model = flat(fresh), setup.config.model
 
@@ -219,6 +226,8 @@ def initial_variables(setup: Setup, fresh: Any) -> Any:
     other_head = (theirs.model.head, theirs.model.classes) != (model.head, model.classes)
     for path in sorted(found.keys() | mine.keys()):
         if new(path):
+            check(path[1] == ADAPTERS or path not in mine or path[1:] in setup.moving, f"config.train.init_from={workdir} "
+                  f"has another head, so {'/'.join(path[1:])} is new and must move; add it to config.train.finetune.train")
             continue
         one, other = (tree[path].shape if path in tree else None for tree in (found, mine))
         check(one == other, f"config.train.init_from={workdir} is another model: {'/'.join(path)} has shape {one} there "

@@ -2,6 +2,7 @@
 
 from typing import Any, Mapping, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -40,8 +41,11 @@ class Moving(NamedTuple):
         def scale(factors: Mapping[Path, np.ndarray]) -> optax.GradientTransformation:
             def multiply(updates: Any, params: Any = None) -> Any:
                 del params
-                return unflatten_dict({path: update * factors[path].reshape(-1, *[1] * (update.ndim - 1))
-                                       for path, update in flatten_dict(updates).items()})
+                scaled = {}
+                for path, update in flatten_dict(updates).items():
+                    factor = factors[path].reshape(-1, *[1] * (update.ndim - 1))
+                    scaled[path] = jnp.where(factor == 0, 0, update * factor)  # also where 0 / 0 came of an eps of 0
+                return unflatten_dict(scaled)
             return optax.stateless(multiply)
 
         still = {path: (factor > 0).astype(np.float32) for path, factor in self.factors.items()}

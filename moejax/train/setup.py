@@ -36,7 +36,7 @@ class Setup(NamedTuple):
       shapes: of the training state.
       shardings: of the training state.
       parameters: their number.
-      moving: the number of those that move.
+      moving: paths of those that move.
       placements: where they lie.
       initialise: () -> TrainState on the mesh.
       plain: parameters of a state -> those of the model, adapters added.
@@ -53,7 +53,7 @@ class Setup(NamedTuple):
     shapes: TrainState
     shardings: TrainState
     parameters: count.ParameterCount
-    moving: int
+    moving: frozenset[tuple[str, ...]]
     placements: list[sharding.Placement]
     initialise: Callable[[], TrainState]
     plain: Callable[[Any], Any]
@@ -102,7 +102,7 @@ def set_up(config: Config, devices: Sequence[jax.Device] | None = None) -> Setup
                    out_shardings=(shardings, everywhere, everywhere), compiler_options=compiling)
     return Setup(
         config, mesh, model, optimizer, shapes, shardings, count.count_parameters(param_shapes, logical, config.moe),
-        sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(moving_shapes)), placed,
+        chosen.paths, placed,
         initialise=lambda: jax.jit(start, out_shardings=shardings)(jax.random.PRNGKey(config.seed)),
         plain=jax.jit(partial(adapters.merge, own_logical, options)),
         train_step=step,
@@ -163,6 +163,12 @@ def make_functions(config: Config, model: transformer.Transformer, chosen: Movin
         loss_weights=router.loss_weights(config.moe) if sparse else {})
 
 
+def check_trainable(config: Config) -> None:
+    """Raises `UserError` if a resolved config is of a model that is for inference only."""
+    check(not config.model.architecture.expert_bits, "config.model.architecture.expert_bits: experts in few bits cannot be "
+          "trained; train the model that they were made of, and make them again")
+
+
 def check_batches(config: Config, mesh: Mesh) -> None:
     """Raises `UserError` unless batches and sequences split evenly over the mesh."""
     data, parts = config.data, config.train.microbatches
@@ -180,7 +186,8 @@ def describe(setup: Setup) -> str:
     flops = count.training_flops(config)
     devices = setup.mesh.devices.flat[0]
     mesh = " x ".join(f"{name}={size}" for name, size in setup.mesh.shape.items() if size > 1) or "one device"
-    still = "" if setup.moving == counted.total else f"; {setup.moving:,} of them move"
+    moved = sum(math.prod(leaf.shape) for path, leaf in sharding.flat(setup.shapes.params).items() if path in setup.moving)
+    still = "" if moved == counted.total else f"; {moved:,} of them move"
     return (f"model: {counted.total:,} parameters, {counted.active:,} active for a token (of these {counted.embedding:,} "
             f"in embedding and head){still}; {flops / 1e6:.1f} MFLOP a token in training\n"
             f"devices: {setup.mesh.size} {devices.platform} ({mesh}); compute type {config.train.dtype}")

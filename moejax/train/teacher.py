@@ -11,6 +11,7 @@ from moejax import processes
 from moejax.config import Config, check
 from moejax.evaluation.load import load_sharded, model_of
 from moejax.models import transformer
+from moejax.models.count import row_lengths
 
 TEACHER = "teacher"
 """Where a batch holds the teacher's scores."""
@@ -39,8 +40,10 @@ def with_teacher(config: Config, mesh: Mesh, workdir: Path) -> Callable[[Mapping
         check((model.model.kind, model.model.head, model.model.vocab_size) == (
             config.model.kind, config.model.head, config.model.vocab_size), f"{where} is a model of another kind, head or "
             "vocabulary; config.model.kind, head and vocab_size must be its own")
-        check(config.data.length <= model.model.max_length, f"{where} reads {model.model.max_length} tokens, fewer than "
-              f"config.data.length={config.data.length}")
+        check(config.model.head == "tokens", f"{where}: only models that score tokens can be taught")
+        longest = max(row_lengths(config))
+        check(longest <= model.model.max_length, f"{where} reads {model.model.max_length} tokens, fewer than the {longest} "
+              "of config.data.length or source_length")
         variables = load_sharded(Path(name), mesh).items["model"]
 
     @jax.jit

@@ -95,6 +95,7 @@ def test_parts_join_to_the_whole():
     ({"freeze": ["*"]}, "leaves nothing that moves"),
     ({"freeze_blocks": [3]}, r"freeze_blocks=\(3,\) names blocks beyond the 3"),
     ({"lora_rnk": 2}, "unknown config key config.train.finetune.lora_rnk .did you mean lora_rank"),
+    ({"lora_alpha": 8.0}, "lora_alpha has no effect without"), ({"teacher_weight": 0.1}, "has no effect without"),
     ({"metric": "f1_macro"}, "metric=f1_macro is not measured here; there are loss, perplexity")])
 def test_what_cannot_be_is_an_error(options, message):
     with pytest.raises(UserError, match=message):
