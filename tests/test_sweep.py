@@ -14,6 +14,7 @@ from moejax.moe.routing import ROUTERS
 QUICK = "experiments/routing/base.py:quick"
 
 
+@pytest.mark.slow
 def test_the_quick_form_runs_and_goes_on(tmp_path):
     for names, said in ((["topk"], 1), (["topk", "soft_moe"], 2)):
         table = sweep.sweep(QUICK, tmp_path, names, seeds=1, jobs=1, fast_compile=True)

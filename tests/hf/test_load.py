@@ -231,6 +231,7 @@ def run(folder, capfd, workdir, *flags):
     return status, capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_training_starts_from_the_imported_parameters(imported, capfd):
     assert run(imported, capfd, "tuned", "--config.optimizer.learning_rate=0", "--config.mesh.data=1",
                "--config.mesh.replica=-1")[0] == 0
@@ -246,6 +247,7 @@ def test_training_in_the_imported_folder_or_another_model_is_refused(imported, c
     assert not (imported / "other").exists()
 
 
+@pytest.mark.slow
 def test_the_command_line_upcycles_a_dense_model(tmp_path, capsys):
     assert main(["import", str(GOLDEN / "llama"), str(tmp_path / "dense")]) == 0
     assert main(["upcycle", str(tmp_path / "dense"), str(tmp_path / "sparse"), "--experts=4", "--granularity=2"]) == 0

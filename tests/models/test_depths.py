@@ -46,7 +46,7 @@ def one_block(config, train, x_BLD, batch, seed=0, share=SHARE):
         {"params": params["params"]["block"]}, x, None, {}, None, None, sight, None, context)[0], sight
 
 
-@pytest.mark.parametrize("train", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("train", [pytest.param(True, marks=pytest.mark.slow), pytest.param(False, marks=pytest.mark.slow)])
 def test_a_block_works_on_its_tokens_as_if_the_others_were_not_there(train):
     """Row by row, the chosen tokens alone go through the plain block; others come out bit by bit as they were."""
     config, *_ = model_of()

@@ -178,6 +178,7 @@ def test_encoders_and_classifiers_generate_nothing_and_others_want_their_inputs(
         logits(both, variables(params, state), TOKENS)
 
 
+@pytest.mark.slow
 def test_parts_of_a_batch_are_normalised_by_the_whole_of_each_trunk():
     model, params, state = model_of("encoder_decoder", moe__balance_scope="sequence")
     batch = {"tokens": TOKENS, "positions": np.tile(np.arange(9), (2, 1)), "segments": np.ones((2, 9), int),

@@ -94,7 +94,7 @@ def test_a_duplicated_expert_is_pruned_without_loss(by):
     np.testing.assert_allclose(logits(pruned, left, batch), logits(bigger, grown, batch), atol=1e-6)
 
 
-@pytest.mark.parametrize("choices", [1, 2])
+@pytest.mark.parametrize("choices", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_duplicated_expert_is_merged_without_loss(choices):
     """Its units in another order, and its scores another's: tokens that chose either still get the same output."""
     model, variables, batch = tiny(moe__experts_per_token=choices, moe__renormalize=choices > 1)

@@ -153,6 +153,7 @@ def test_a_run_ends_when_its_patience_does_and_keeps_the_best(config, tmp_path):
     assert longer.step == 12 and longer.best.step == 3
 
 
+@pytest.mark.slow
 def test_a_dense_student_learns_from_a_sparse_teacher(run, config, tmp_path):
     """With the teacher alone as its aim it comes to score as the teacher does; the text's own targets count for nothing."""
     teacher, finished = run

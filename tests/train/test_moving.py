@@ -60,6 +60,7 @@ def test_frozen_blocks_stay_and_the_others_move_as_without_clipping_by_them():
             assert np.any(by), path
 
 
+@pytest.mark.slow
 def test_layer_decay_scales_the_rate_by_depth():
     """The first step of Adam without decay is the rate times the gradient's sign, so factors can be read off."""
     config = {"optimizer__weight_decay": 0.0, "optimizer__clip_norm": None, "optimizer__eps": 1e-20}
