@@ -26,6 +26,14 @@ jax.config.update("jax_disable_most_optimizations", True)
 flags.FLAGS.mark_as_parsed()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """Lets a file's compiled programs go after it: each takes several memory maps, of which Linux gives a process 65,530,
+    and where they run out XLA crashes. What another file needs again comes from the cache on disk."""
+    yield
+    jax.clear_caches()
+
+
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run the tests that are marked slow, too")
 
