@@ -26,7 +26,7 @@ from moejax.evaluation.load import load, load_sharded
 from moejax.generation.beam import beam_search
 from moejax.generation.generate import generate as generate_tokens
 from moejax.metrics.record import Recorder
-from moejax.metrics.text import text_metrics
+from moejax.metrics.text import scorers, text_metrics
 from moejax.models import transformer
 from moejax.task import PAIRS, Task, window_of
 from moejax.train import benchmark as timing
@@ -45,8 +45,6 @@ def train(config: Config, workdir: Path) -> None:
     with processes.same_fate():
         if jax.process_index() == 0:
             print(comparison(finished.evaluation, finished.prepared))
-            if finished.tuning.patience is not None and finished.best.step not in (None, finished.step):
-                print(f"{finished.best.said(finished.tuning)}; --step={finished.best.step} takes it")
     if config.train.sample_prompt:
         say(sample(config, finished))
     say(f"done: {workdir}/config.json, metrics.jsonl, tensorboard/, checkpoints/ (step {finished.step}), data/")
@@ -132,7 +130,7 @@ def references_of(config: Config, workdir: Path, inputs: int | None, new_tokens:
         return []
     input_room(config, new_tokens)
     try:
-        text_metrics(["a"], ["a"])
+        scorers()
         return load_references(workdir / "data")[:inputs]
     except UserError as error:
         if inputs is not None:

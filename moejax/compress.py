@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import dataclasses
-import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -11,7 +10,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from moejax.config import Config, UserError, check
+from moejax.config import Config, check
+from moejax.exit_status import exit_status
 
 USAGE = """
   python -m moejax.compress prune WORKDIR NEW --experts=6      leaves out the experts that matter least (REAP, or frequency)
@@ -39,7 +39,7 @@ def compress(workdir: Path, new: Path, batches: int, source: str | None,
     """
     import jax
 
-    from moejax.checkpoint.made import ORIGINAL, built_beside, check_free, save_model, size
+    from moejax.checkpoint.made import built_beside, check_free, copy_data, save_model, size
     from moejax.checkpoint.workdir import read_config
     from moejax.data.loader import train_loader
     from moejax.data.rows import make_rows
@@ -48,7 +48,7 @@ def compress(workdir: Path, new: Path, batches: int, source: str | None,
     from moejax.train.loop import evaluation_line, run_evaluation
     from moejax.train.setup import set_up
     check_free(new)
-    config = transformer.resolve(read_config(workdir))
+    stored = config = transformer.resolve(read_config(workdir))
     if source is not None:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, source=source, eval_source=None))
     mesh = dataclasses.replace(config.mesh, replica=1, data=1, expert=1, model=1, context=1)
@@ -70,11 +70,8 @@ def compress(workdir: Path, new: Path, batches: int, source: str | None,
         smaller, made = make(model, variables, texts)
         tell("before", config, variables)
         tell("after", dataclasses.replace(config, model=smaller.model, moe=smaller.moe), made)
-        for name in ("data", ORIGINAL):
-            if (workdir / name).is_dir():
-                shutil.copytree(workdir / name, part / name)
-        stored = dataclasses.replace(transformer.resolve(read_config(workdir)), model=smaller.model, moe=smaller.moe)
-        save_model(part, new, stored, made)
+        copy_data(workdir, part)
+        save_model(part, new, dataclasses.replace(stored, model=smaller.model, moe=smaller.moe), made)
     print(f"{new}: config.json, checkpoints/ (step 0)")
 
 
@@ -89,24 +86,16 @@ def prepared_text(config: Config, workdir: Path, fresh: bool) -> Iterator[Any]:
         yield prepare(config, Path(folder) / "data")
 
 
-def pruned(experts: int, by: str) -> Callable[..., tuple[Any, Any]]:
-    """(model, variables, texts) -> those with the experts that matter most."""
-    from moejax.models.surgery import calibrate, check_surgery, prune
+def with_fewer(experts: int, by: str | None) -> Callable[..., tuple[Any, Any]]:
+    """(model, variables, texts) -> those with the experts that matter most by a score, or merged if that is None."""
+    from moejax.models.surgery import calibrate, check_surgery, merge, prune
 
     def make(model: Any, variables: Any, texts: Callable[[], Iterator[Any]]) -> tuple[Any, Any]:
         check_surgery(model, experts)
         uses = calibrate(model, variables, texts())
+        if by is None:
+            return merge(model, variables, uses, experts)
         return prune(model, variables, [use.score(by) for use in uses], experts)
-    return make
-
-
-def merged(experts: int) -> Callable[..., tuple[Any, Any]]:
-    """(model, variables, texts) -> those with merged experts."""
-    from moejax.models.surgery import calibrate, check_surgery, merge
-
-    def make(model: Any, variables: Any, texts: Callable[[], Iterator[Any]]) -> tuple[Any, Any]:
-        check_surgery(model, experts)
-        return merge(model, variables, calibrate(model, variables, texts()), experts)
     return make
 
 
@@ -117,7 +106,7 @@ def quantised(bits: int) -> Callable[..., tuple[Any, Any]]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Returns the exit status: 0, or 2 with one line on stderr if the input is wrong."""
+    """Returns the exit status; see `exit_status`."""
     parser = argparse.ArgumentParser(prog="python -m moejax.compress", description="Smaller models of one with experts.",
                                      epilog=USAGE, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -137,19 +126,14 @@ def main(arguments: Sequence[str]) -> int:
             command.add_argument("--by", default="reap", choices=("reap", "frequency"), help="what experts matter by "
                                  "(default: reap)")
     given = parser.parse_args(arguments)
-    try:
+
+    def work() -> None:
         batches = getattr(given, "batches", 1)
         check(batches >= 1, f"--batches={batches} must be at least 1")
-        make = {"prune": lambda: pruned(given.experts, given.by), "merge": lambda: merged(given.experts),
-                "quantise": lambda: quantised(given.bits)}[given.command]()
+        make = (quantised(given.bits) if given.command == "quantise" else
+                with_fewer(given.experts, given.by if given.command == "prune" else None))
         compress(given.workdir, given.new, batches, given.source, make)
-    except UserError as error:
-        print(f"moejax: {' '.join(str(error).split(chr(10)))}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("moejax: interrupted; nothing was written", file=sys.stderr)
-        return 130
-    return 0
+    return exit_status(work, "nothing was written")
 
 
 if __name__ == "__main__":

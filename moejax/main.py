@@ -17,12 +17,11 @@ from ml_collections import ConfigDict
 from moejax import allocator
 from moejax import config as config_lib
 from moejax.config import Config, UserError, check, nearest
+from moejax.exit_status import INTERRUPTED, exit_status
 
 MODES = ("train", "eval", "generate", "benchmark", "shardings")
 CONFIG_PREFIX = "config."
 OPTIONS_PREFIXES = ("config.moe.options.", "config.model.architecture.", "config.data.task.", "config.train.finetune.")
-INTERRUPTED = 130
-"""The exit status after Ctrl-C, as shells have it."""
 
 HELP = """\
 usage: python -m moejax.main --config=FILE[:ARGUMENT] --workdir=DIR [--mode=MODE] [--config.KEY=VALUE ...] [FLAG ...]
@@ -283,21 +282,14 @@ def run(values: flags.FlagValues) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0 done, 2 wrong input (one line on stderr), 130 interrupted; our own mistakes raise."""
-    try:
+    """Returns the exit status; see `exit_status`."""
+    def work() -> None:
         values = parse_flags(sys.argv if argv is None else argv)
         if values.help:
             print(help_text(values))
         else:
             run(values)
-    except UserError as error:
-        if message := " ".join(str(error).split("\n")):  # else another process says it
-            print("moejax:", message, file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("moejax: interrupted; nothing that was saved is lost, and the same command goes on", file=sys.stderr)
-        return INTERRUPTED
-    return 0
+    return exit_status(work, "nothing that was saved is lost, and the same command goes on")
 
 
 if __name__ == "__main__":

@@ -47,6 +47,13 @@ def copy_present(source: Path, folder: Path, names: Sequence[str]) -> None:
             shutil.copyfile(source / name, folder / name)
 
 
+def copy_data(workdir: Path, folder: Path) -> None:
+    """Copies what a model needs to read text, and to be exported: prepared data, and the checkpoint that it was."""
+    for name in ("data", ORIGINAL):
+        if (workdir / name).is_dir():
+            shutil.copytree(workdir / name, folder / name)
+
+
 def save_model(part: Path, workdir: Path, config: Config, variables: Any) -> None:
     """Writes a checkpoint of step 0 and a config.json, with which a run starts from it and tokenises as it does.
 

@@ -28,9 +28,9 @@ def load(workdir: str | Path, step: int | None = None) -> tuple[transformer.Tran
     """
     workdir = Path(workdir)
     model, options = model_of(workdir)
-    shapes, _ = abstract_variables(model, options)
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return model, restore(workdir, jax.tree.map(lambda _: here, shapes), step).items["model"]
+    shapes, logical = abstract_variables(model, options)
+    return model, restore(workdir, options, shapes, logical, jax.tree.map(lambda _: here, shapes), step).items["model"]
 
 
 def model_of(workdir: Path) -> tuple[transformer.Transformer, Finetune]:
@@ -56,23 +56,31 @@ def load_sharded(workdir: Path, mesh: Mesh, step: int | None = None) -> Restored
     Raises:
       UserError: as `load`, or a dimension that the mesh does not divide.
     """
-    shapes, logical = abstract_variables(*model_of(workdir))
-    sharding.placements(shapes, logical, mesh)  # which raises if the mesh cannot split it
-    return restore(workdir, sharding.shardings(logical, mesh), step)
-
-
-def restore(workdir: Path, shardings: Any, step: int | None) -> Restored:
-    """Reads the item "model" of a checkpoint with the given shardings, and adds adapters to the matrices."""
     model, options = model_of(workdir)
+    shapes, logical = abstract_variables(model, options)
+    sharding.placements(shapes, logical, mesh)  # which raises if the mesh cannot split it
+    return restore(workdir, options, shapes, logical, sharding.shardings(logical, mesh), step)
+
+
+def restore(workdir: Path, options: Finetune, shapes: Any, logical: Any, shardings: Any, step: int | None) -> Restored:
+    """Reads the item "model" of a checkpoint with the given shardings, and adds adapters to the matrices.
+
+    Args:
+      workdir: of the run.
+      options: of its adapters.
+      shapes, logical: as `abstract_variables` gives them.
+      shardings: of each array.
+      step: which checkpoint; None takes the newest.
+    """
     store = Store(workdir, read_only=True)
     try:
-        read = store.restore({"model": place(abstract_variables(model, options)[0], shardings)}, step)
+        read = store.restore({"model": place(shapes, shardings)}, step)
     finally:
         store.close()
     variables = read.items["model"]
     if adapters.ADAPTERS in variables["params"]:
-        _, logical = transformer.abstract_params(model)
-        plain = {name: tree for name, tree in shardings["params"].items() if name != adapters.ADAPTERS}
-        merge = jax.jit(partial(adapters.merge, logical, options), out_shardings=plain)
+        own, placed = ({name: part for name, part in tree["params"].items() if name != adapters.ADAPTERS}
+                       for tree in (logical, shardings))
+        merge = jax.jit(partial(adapters.merge, own, options), out_shardings=placed)
         variables = {**variables, "params": merge(variables["params"])}
     return read._replace(items={"model": variables})

@@ -2,12 +2,12 @@
 
 import argparse
 import dataclasses
-import shutil
 import sys
 from pathlib import Path
 from typing import Any, Sequence
 
-from moejax.config import MoEConfig, UserError, build_group, check, nearest, read_object
+from moejax.config import MoEConfig, build_group, check, nearest, read_object
+from moejax.exit_status import exit_status
 
 USAGE = """
   python -m moejax.hf import HF_DIR WORKDIR     a checkpoint with config.json and *.safetensors becomes a workdir
@@ -82,7 +82,7 @@ def upcycle_workdir(workdir: Path, new: Path, changes: dict[str, Any], how: dict
     """Makes a workdir with experts of one with a dense model, or nothing. Raises `UserError` as `upcycle` does."""
     import jax
 
-    from moejax.checkpoint.made import ORIGINAL, built_beside, check_free, count, save_model
+    from moejax.checkpoint.made import built_beside, check_free, copy_data, count, save_model
     from moejax.checkpoint.workdir import read_config
     from moejax.evaluation.load import load
     from moejax.models import transformer
@@ -95,9 +95,7 @@ def upcycle_workdir(workdir: Path, new: Path, changes: dict[str, Any], how: dict
     config = transformer.resolve(dataclasses.replace(
         read_config(workdir), model=dataclasses.replace(sparse.model, architecture=design), moe=sparse.moe))
     with built_beside(new) as part:
-        for name in ("data", ORIGINAL):
-            if (workdir / name).is_dir():
-                shutil.copytree(workdir / name, part / name)
+        copy_data(workdir, part)
         save_model(part, new, config, upcycled)
     print(f"{new}: {sparse.moe.num_experts} experts of {sparse.moe.ffn} units a layer; {count(variables):,} parameters "
           f"became {count(upcycled):,}")
@@ -112,7 +110,7 @@ def extra(options: dict[str, Any], family: str) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Returns the exit status: 0, or 2 with one line on stderr if the input is wrong."""
+    """Returns the exit status; see `exit_status`."""
     parser = argparse.ArgumentParser(prog="python -m moejax.hf", description="Open models in and out.", epilog=USAGE,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -140,7 +138,8 @@ def main(arguments: Sequence[str]) -> int:
     third.add_argument("--noise", type=float, default=0.0, help="noise over the weights' deviation (default: 0)")
     third.add_argument("--seed", type=int, default=0)
     given = parser.parse_args(arguments)
-    try:
+
+    def work() -> None:
         if given.command == "import":
             import_checkpoint(given.source, given.workdir, given.dtype)
         elif given.command == "upcycle":
@@ -151,13 +150,7 @@ def main(arguments: Sequence[str]) -> int:
             upcycle_workdir(given.workdir, given.new, changes, how, given.seed)
         else:
             export_checkpoint(given.workdir, given.target, given.family, given.dtype, given.step)
-    except UserError as error:
-        print(f"moejax: {' '.join(str(error).split(chr(10)))}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("moejax: interrupted; nothing was written", file=sys.stderr)
-        return 130
-    return 0
+    return exit_status(work, "nothing was written")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import collections
 import re
 import string
 from collections.abc import Sequence
+from typing import Any
 
 from moejax.config import UserError
 
@@ -22,11 +23,7 @@ def text_metrics(answers: Sequence[str], references: Sequence[str]) -> dict[str,
     Raises:
       UserError: the packages are not installed.
     """
-    try:
-        import sacrebleu
-        from rouge_score.rouge_scorer import RougeScorer
-    except ImportError as error:
-        raise UserError(f"scores of texts need the package {error.name}: pip install 'moejax[metrics]'") from None
+    sacrebleu, RougeScorer = scorers()
     names = ("rouge1", "rouge2", "rougeL")
     scorer, count = RougeScorer(list(names)), len(references)
     rouge = [scorer.score(reference, answer) for reference, answer in zip(references, answers, strict=True)]
@@ -35,6 +32,16 @@ def text_metrics(answers: Sequence[str], references: Sequence[str]) -> dict[str,
             **{name: sum(score[name].fmeasure for score in rouge) / count for name in names},
             "exact_match": sum(words(a) == words(b) for a, b in zip(answers, references)) / count,
             "token_f1": sum(token_f1(a, b) for a, b in zip(answers, references)) / count}
+
+
+def scorers() -> tuple[Any, Any]:
+    """sacrebleu, and the class of rouge-score. Raises `UserError` if they are not installed."""
+    try:
+        import sacrebleu
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError as error:
+        raise UserError(f"scores of texts need the package {error.name}: pip install 'moejax[metrics]'") from None
+    return sacrebleu, RougeScorer
 
 
 def words(text: str) -> list[str]:

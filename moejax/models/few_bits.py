@@ -7,7 +7,7 @@ import jax
 
 from moejax.config import check
 from moejax.models import transformer
-from moejax.models.stacks import plan_stacks
+from moejax.models.stacks import sparse_places
 from moejax.moe.weights import quantise
 
 
@@ -19,8 +19,7 @@ def in_few_bits(model: transformer.Transformer, variables: Mapping[str, Any], bi
       UserError: no experts, experts in few bits already, or at 4 bits an odd width.
     """
     model_config, moe = model.model, model.moe
-    sparse = [(stack_name, f"block_{j}") for stack_name, stack in plan_stacks(model_config, moe).items()
-              for j, sparse in enumerate(stack.sparse) if sparse]
+    sparse = sorted({place[:2] for place in sparse_places(model_config, moe)})
     check(bits in (4, 8), f"experts are stored in 8 or 4 bits, not {bits}")
     check(bool(sparse) and not model_config.architecture.expert_bits, "this model has no experts that are not in few bits "
           "already")

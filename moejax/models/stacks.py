@@ -109,3 +109,8 @@ def places(model: ModelConfig, moe: MoEConfig) -> list[tuple[str, str, int]]:
     """Where each block's parameters lie, in the order of `kinds`: stack, block of the run, repeat."""
     return [(name, f"block_{j}", repeat) for name, stack in plan_stacks(model, moe).items()
             for repeat in range(stack.repeats) for j in range(len(stack.kinds))]
+
+
+def sparse_places(model: ModelConfig, moe: MoEConfig) -> list[tuple[str, str, int]]:
+    """Those of the blocks with experts."""
+    return [place for place, kind in zip(places(model, moe), kinds(model, moe)) if kind.sparse]

@@ -17,10 +17,10 @@ import numpy as np
 from jax import Array
 from scipy.optimize import linear_sum_assignment
 
-from moejax.config import ModelConfig, MoEConfig, check
+from moejax.config import MoEConfig, check
 from moejax.layers.mlp import Activation
 from moejax.models import transformer
-from moejax.models.stacks import kinds, places
+from moejax.models.stacks import sparse_places
 from moejax.moe import experts, routing
 from moejax.moe.layer import DECISIONS, INPUTS, INTO, weights_of
 from moejax.moe.routing.topk import TOPK
@@ -46,11 +46,6 @@ class Use(NamedTuple):
         """How much each expert matters, float64 [E], by one of `SCORES`."""
         tokens_E = np.asarray(self.tokens_E, np.float64)
         return tokens_E if by == "frequency" else np.asarray(self.output_E, np.float64) / np.maximum(tokens_E, 1)
-
-
-def sparse_places(model: ModelConfig, moe: MoEConfig) -> list[tuple[str, str, int]]:
-    """Stack, block and repeat of each sparse layer, in order."""
-    return [place for place, kind in zip(places(model, moe), kinds(model, moe)) if kind.sparse]
 
 
 def check_surgery(model: transformer.Transformer, keep: int) -> None:

@@ -13,19 +13,19 @@ import numpy as np
 from jax.sharding import Mesh
 
 from moejax import processes
-from moejax.checkpoint import Store, open_workdir, place, read_config
+from moejax.checkpoint import Store, open_workdir, place
 from moejax.config import Config, check
 from moejax.data.loader import eval_batches, eval_size, train_loader
 from moejax.data.prepare import Prepared, load_prepared, prepare
 from moejax.data.rows import make_rows
 from moejax.evaluation.labels import label_metrics
-from moejax.evaluation.load import load_sharded
+from moejax.evaluation.load import load_sharded, model_of
 from moejax.evaluation.perplexity import bits_per_byte, evaluate
 from moejax.finetune import Finetune
 from moejax.metrics.record import Recorder, loss_summary, routing_summary, total_records
 from moejax.models.adapters import ADAPTERS
 from moejax.models.count import row_lengths, training_flops
-from moejax.models.transformer import Transformer, build, in_head, in_order
+from moejax.models.transformer import Transformer, in_head, in_order
 from moejax.sharding import flat
 from moejax.train.benchmark import matmul_ceiling
 from moejax.train.best import Best
@@ -43,7 +43,6 @@ class Finished(NamedTuple):
       stopped: whether a signal ended it before its last step.
       evaluation: the last evaluation record, or None.
       best: the best evaluation of the run.
-      tuning: which says what the best is.
       prepared: its data.
       model: what was trained.
       mesh: where.
@@ -54,7 +53,6 @@ class Finished(NamedTuple):
     stopped: bool
     evaluation: dict[str, Any] | None
     best: Best
-    tuning: Finetune
     prepared: Prepared
     model: Transformer
     mesh: Mesh
@@ -170,12 +168,14 @@ def _run(setup: Setup, prepared: Prepared, store: Store, recorder: Recorder | No
                            evaluation.get(tuning.metric) if fresh else None)
     if ended and not stopped:
         progress.say(f"{best.said(tuning)}, and none better in {best.since} evaluations after it: done")
+    if tuning.patience is not None and best.step not in (None, step) and not stopped:
+        progress.say(f"{best.said(tuning)}; --step={best.step} takes it")
     progress.close()
     if evaluation is None and not stopped:
         evaluation = run_evaluation(setup, prepared, state.params, state.router_state, step)
         progress.say(evaluation_line(evaluation))
     variables = {"params": setup.plain(state.params), "router": state.router_state}
-    return Finished(step, stopped and step < options.steps and not ended, evaluation, best, tuning, prepared,
+    return Finished(step, stopped and step < options.steps and not ended, evaluation, best, prepared,
                     setup.model, setup.mesh, variables)
 
 
@@ -214,7 +214,7 @@ def initial_variables(setup: Setup, fresh: Any) -> Any:
       UserError: the bodies are not of one model.
     """
     workdir = Path(setup.config.train.init_from)
-    theirs = build(read_config(workdir))
+    theirs, _ = model_of(workdir)
     check(not theirs.model.architecture.expert_bits, f"config.train.init_from={workdir}: experts in few bits cannot be "
           "trained; take the model that they were made of")
     found = flat(load_sharded(workdir, setup.mesh).items["model"])

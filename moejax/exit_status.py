@@ -1,0 +1,27 @@
+"""How every command ends: 0 done, 2 wrong input, 130 interrupted."""
+
+import sys
+from collections.abc import Callable
+
+from moejax.config import UserError
+
+WRONG_INPUT, INTERRUPTED = 2, 130  # the latter as shells have it
+
+
+def exit_status(work: Callable[[], None], interrupted: str) -> int:
+    """Does the work of a command and returns its exit status; our own mistakes raise.
+
+    Args:
+      work: raises `UserError` if the user's input is wrong, which becomes one line on stderr.
+      interrupted: what to say on stderr if Ctrl-C ends it.
+    """
+    try:
+        work()
+    except UserError as error:
+        if message := " ".join(str(error).split("\n")):  # else another process says it
+            print("moejax:", message, file=sys.stderr)
+        return WRONG_INPUT
+    except KeyboardInterrupt:
+        print("moejax: interrupted;", interrupted, file=sys.stderr)
+        return INTERRUPTED
+    return 0
