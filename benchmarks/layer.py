@@ -32,6 +32,7 @@ flags.DEFINE_integer("width", 256, "D")
 flags.DEFINE_integer("hidden", 512, "F")
 flags.DEFINE_multi_integer("experts", [8, 64], "E; may be given several times")
 flags.DEFINE_integer("choices", 2, "K")
+flags.DEFINE_enum("compute", "auto", ["auto", "blocked", "triton", "ragged_dot"], "the grouped matmul")
 flags.DEFINE_string("dtype", "float32", "compute type of the experts")
 flags.DEFINE_integer("rounds", 7, "timed rounds")
 
@@ -110,7 +111,8 @@ def main(argv: list[str]) -> None:
     variants, loads, configs = {"dense": dense_layer(flag.choices * flag.hidden, x_TD, dy_TD, rng)}, {}, {}
     for count in flag.experts:
         for name, skew in (("uniform", 0.0), ("zipf", 1.0)):
-            config = resolve(MoEConfig(num_experts=count, experts_per_token=flag.choices, ffn=flag.hidden))
+            config = resolve(MoEConfig(num_experts=count, experts_per_token=flag.choices, ffn=flag.hidden,
+                                       compute=flag.compute))
             key = f"{count} experts, {name}"
             configs[key] = config
             variants[key], loads[key] = sparse_layer(config, x_TD, dy_TD, skew, rng)

@@ -58,6 +58,8 @@ class ModelConfig:
     norm_eps: float = key(1e-6, "added to the mean square in RMSNorm", low=0)
     rope_base: float = key(10_000.0, "base of the rotary frequencies", low=1)
     qk_norm: bool = key(False, "RMSNorm on each query and key head before the rotation")
+    attention: str = key("auto", "attention over whole sequences: plain, or cudnn on GPU in bfloat16", free=True,
+                         choices=("auto", "plain", "cudnn"))
     tie_embeddings: bool = key(False, "use the embedding as the output head")
     head: str = key("tokens", "what the model ends with: scores of tokens, scores of classes for a whole row, or nothing",
                     choices=("tokens", "classes", "none"))
@@ -118,8 +120,8 @@ class MoEConfig:
     buffer_factor: float | None = key(2.0, "all_to_all, ragged: rows that a device has room to receive over the mean; a "
                                       "layer that needs more takes all_gather. None has room for the worst case",
                                       low=0, free=True)
-    compute: str = key("auto", "the grouped matmul: blocked (CPU) or ragged_dot (TPU, GPU)", free=True,
-                       choices=("auto", "blocked", "ragged_dot"))
+    compute: str = key("auto", "the grouped matmul: blocked (CPU), triton (GPU) or ragged_dot (TPU)", free=True,
+                       choices=("auto", "blocked", "triton", "ragged_dot"))
     block_rows: int = key(384, "rows of one block in the blocked grouped matmul", low=1, free=True)
 
 

@@ -1,11 +1,12 @@
-"""Every test runs on eight simulated CPU devices; tests marked `slow` run only with `--slow`."""
+"""Every test runs on eight simulated CPU devices, unless JAX_PLATFORMS names another platform; those marked `slow` run only
+with `--slow`."""
 
 import os
 import shutil
 import tempfile
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import pytest

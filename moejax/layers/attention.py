@@ -12,6 +12,7 @@ from jax import Array
 
 from moejax import axes, sharding
 from moejax.config import ModelConfig
+from moejax.layers import cudnn
 from moejax.layers.norm import RMSNorm, rms_norm
 from moejax.layers.rotary import rotate
 
@@ -188,9 +189,9 @@ class Attention(nn.Module):
             k_BSGH, v_BSGH = cache.k_BSGH, cache.v_BSGH
         sinks_Q = self.param("sinks", nn.with_logical_partitioning(
             nn.initializers.zeros, ("q_heads",)), (model.heads,)) if design.sinks else None
-        o_BLQH = attend_sharded(q_BLQH, k_BSGH, v_BSGH, sight.visible[self.kind], sight.causal and cache is None,
-                                design.attention_scale, design.window if self.kind in ("sliding", "chunked") else None,
-                                sinks_Q, sight.bias_BQLS)
+        o_BLQH = attend_sharded(model.attention, q_BLQH, k_BSGH, v_BSGH, sight.visible[self.kind],
+                                sight.causal and cache is None, design.attention_scale,
+                                design.window if self.kind in ("sliding", "chunked") else None, sinks_Q, sight.bias_BQLS)
         return output(self, o_BLQH, width, self.out_scale, design.output_bias), cache
 
 
@@ -227,11 +228,17 @@ def write(cache: Cache | None, k_BLGH: Array, v_BLGV: Array, at: Array | None) -
                          v_BSGH=jax.lax.dynamic_update_slice_in_dim(cache.v_BSGH, v_BLGV, at, axis=1))
 
 
-def attend_sharded(q_BLQH: Array, k_BSGH: Array, v_BSGV: Array, visible_BLS: Array, causal: bool, scale: float | None,
-                   window: int | None = None, sinks_Q: Array | None = None, bias_BQLS: Array | None = None) -> Array:
-    """`attend` on the current mesh; with the sequence split, each device keeps its queries and gathers keys and values."""
+def attend_sharded(attention: str, q_BLQH: Array, k_BSGH: Array, v_BSGV: Array, visible_BLS: Array, causal: bool,
+                   scale: float | None, window: int | None = None, sinks_Q: Array | None = None,
+                   bias_BQLS: Array | None = None) -> Array:
+    """`attend` on the current mesh, by the kernel that `attention` (config.model.attention) and the arrays allow.
+
+    With the sequence split, each device keeps its queries and gathers keys and values.
+    """
     q_BLQH = sharding.constrain(q_BLQH, "batch", "length", "q_heads", None)
     k_BSGH, v_BSGV = (sharding.constrain(a, "batch", None, "kv_heads", None) for a in (k_BSGH, v_BSGV))
     mesh = sharding.current_mesh()
     whole = mesh is None or mesh.shape[axes.CONTEXT] == 1
+    if cudnn.chosen(attention, q_BLQH, k_BSGH, v_BSGV, not whole or sinks_Q is not None or bias_BQLS is not None):
+        return cudnn.attend(q_BLQH, k_BSGH, v_BSGV, visible_BLS, causal, scale)
     return attend(q_BLQH, k_BSGH, v_BSGV, visible_BLS, causal and whole, scale, window, sinks_Q, bias_BQLS)

@@ -29,5 +29,6 @@ class CrossAttention(nn.Module):
             cache = None if cache is None else cache.replace(cross=(k_BSGH, v_BSGH))
         else:
             k_BSGH, v_BSGH = cache.cross
-        o_BLQH = attend_sharded(q_BLQH, k_BSGH, v_BSGH, encoded.visible_BLS, False, design.attention_scale)
+        o_BLQH = attend_sharded(model.attention, q_BLQH, k_BSGH, v_BSGH, encoded.visible_BLS, False,
+                                design.attention_scale)
         return output(self, o_BLQH, x_BLD.shape[-1], self.out_scale, design.output_bias), cache

@@ -70,7 +70,7 @@ class LatentAttention(nn.Module):
                 k_rotated_BSGH, (*q_rotated_BLQH.shape[:3], latent.rotary_dim))], axis=-1)
             v_BSQV = jnp.einsum("bsr,rqv->bsqv", c_BSR, w_v_RQV)
             q_BLQH = jnp.concatenate([q_BLQH[..., :plain], q_rotated_BLQH], axis=-1)
-            o_BLQV = attend_sharded(q_BLQH, k_BSQH, v_BSQV, visible_BLS, sight.causal, scale)
+            o_BLQV = attend_sharded(model.attention, q_BLQH, k_BSQH, v_BSQV, visible_BLS, sight.causal, scale)
         else:
             c_BSGR = c_BSR[:, :, None]
             cache = write(cache, jnp.concatenate([c_BSGR, k_rotated_BSGH], axis=-1), c_BSGR[..., :0], at)

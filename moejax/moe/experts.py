@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from moejax.layers.mlp import SWIGLU, Activation, activate, dropout
-from moejax.moe import blocked
+from moejax.moe import blocked, grouped
 
 
 def feed_forward(x_RD: Array, sizes_E: Array, w_in_EDGF: Array, w_out_EFD: Array, *, compute: str, block_rows: int,
@@ -19,7 +19,7 @@ def feed_forward(x_RD: Array, sizes_E: Array, w_in_EDGF: Array, w_out_EFD: Array
       sizes_E: int32.
       w_in_EDGF: gate and up projections (G = 2), or one projection (G = 1).
       w_out_EFD: down projection.
-      compute: `blocked` or `ragged_dot`.
+      compute: `blocked`, `ragged_dot` or `triton`.
       block_rows: rows of a block for `blocked`.
       dropout_rate: rate of dropout on the hidden units.
       key: its PRNG key, or None for no dropout.
@@ -32,15 +32,16 @@ def feed_forward(x_RD: Array, sizes_E: Array, w_in_EDGF: Array, w_out_EFD: Array
     if compute == "blocked":
         return blocked.feed_forward(x_RD, sizes_E, w_in_EDGF, w_out_EFD, b_in_EGF, key, block_rows, dropout_rate,
                                     activation)
+    matmul = grouped.matmul if compute == "triton" else jax.lax.ragged_dot
     experts, width, inputs, hidden = w_in_EDGF.shape
-    h_RF = jax.lax.ragged_dot(x_RD, w_in_EDGF.reshape(experts, width, inputs * hidden), sizes_E)
+    h_RF = matmul(x_RD, w_in_EDGF.reshape(experts, width, inputs * hidden), sizes_E)
     h_RGF = h_RF.reshape(-1, inputs, hidden)
     if b_in_EGF is not None:
         b_RGF = jnp.repeat(b_in_EGF, sizes_E, axis=0, total_repeat_length=x_RD.shape[0])
         grouped_R = jnp.arange(x_RD.shape[0]) < jnp.sum(sizes_E)  # what lies behind the groups may have any gradient
         h_RGF = jnp.where(grouped_R[:, None, None], h_RGF + b_RGF, 0)
     h_RF = dropout(activate(h_RGF, activation), dropout_rate, key)
-    return jax.lax.ragged_dot(h_RF, w_out_EFD, sizes_E)
+    return matmul(h_RF, w_out_EFD, sizes_E)
 
 
 def dense_feed_forward(x_ETD: Array, w_in_EDGF: Array, w_out_EFD: Array, dropout_rate: float = 0.0,
@@ -53,10 +54,10 @@ def dense_feed_forward(x_ETD: Array, w_in_EDGF: Array, w_out_EFD: Array, dropout
 
 
 def choose_compute(compute: str) -> str:
-    """Resolves `auto` by backend: XLA:CPU expands ragged_dot to E times the work, TPU and GPU have kernels for it."""
+    """Resolves `auto` by backend: XLA expands ragged_dot to E times the work on CPU and often on GPU; TPU has a kernel."""
     if compute != "auto":
         return compute
-    return "blocked" if jax.default_backend() == "cpu" else "ragged_dot"
+    return {"cpu": "blocked", "gpu": "triton"}.get(jax.default_backend(), "ragged_dot")
 
 
 def spare_rows(compute: str, block_rows: int) -> int:

@@ -28,10 +28,10 @@ CLASSES = {"regression": 1, "multi_label": 3}
 
 
 def case(name, kind, router):
-    """A config and two batches of 8 rows."""
+    """A config and two batches of 8 rows. Attention follows the sparse block, so that a head of one token hears of all."""
     config = tiny_config(
         model__kind=kind, model__head=OBJECTIVES[name].head, model__classes=CLASSES.get(name, 3), model__vocab_size=300,
-        model__layers=2, model__max_length=40, moe__router=router, moe__first_dense=0, moe__every=2, moe__num_experts=8,
+        model__layers=2, model__max_length=40, moe__router=router, moe__sparse_blocks=(0,), moe__num_experts=8,
         moe__experts_per_token="auto", moe__options=SETTINGS.get(router),
         moe__allow_noncausal_routing=True, data__length=20, data__source_length=24 if kind == "encoder_decoder" else None,
         data__task={"objective": name})

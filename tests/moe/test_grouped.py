@@ -1,0 +1,56 @@
+"""The GPU's grouped matmul, interpreted on a CPU: products and both gradients are those of plain matmuls in float64.
+
+On a machine with a GPU `JAX_PLATFORMS=cuda python -m pytest tests/moe/test_grouped.py` runs the kernels themselves.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moejax.moe import grouped
+
+
+def products(x_RD, w_EDF, dy_RF, sizes):
+    """y, dx and dw in float64, of the rows in the groups."""
+    x_ND, w_EDF, dy_NF = (np.asarray(a, np.float64)[:rows] for a, rows in (
+        (x_RD, sum(sizes)), (w_EDF, None), (dy_RF, sum(sizes))))
+    expert_N = np.repeat(np.arange(len(sizes)), sizes)
+    dw_EDF = np.stack([x_ND[expert_N == e].T @ dy_NF[expert_N == e] for e in range(len(sizes))])
+    return (np.einsum("nd,ndf->nf", x_ND, w_EDF[expert_N]), np.einsum("nf,ndf->nd", dy_NF, w_EDF[expert_N]), dw_EDF)
+
+
+def check(rows, width, columns, sizes, dtype, bound, seed=0):
+    """Compares all three. What lies behind the groups is not a number, in what comes in and in what goes back."""
+    rng = np.random.default_rng(seed)
+    x_RD, w_EDF, dy_RF = (jnp.asarray(rng.normal(size=shape), dtype) for shape in (
+        (rows, width), (len(sizes), width, columns), (rows, columns)))
+    behind = jnp.arange(rows)[:, None] >= sum(sizes)
+    with jax.default_matmul_precision("highest"):
+        y_RF, back = jax.vjp(lambda x, w: grouped.matmul(x, w, jnp.array(sizes, jnp.int32)),
+                             jnp.where(behind, jnp.nan, x_RD), w_EDF)
+        dx_RD, dw_EDF = back(jnp.where(behind, jnp.nan, dy_RF))
+    assert (y_RF.dtype, dx_RD.dtype, dw_EDF.dtype) == (dtype,) * 3
+    found = (y_RF[:sum(sizes)], dx_RD[:sum(sizes)], dw_EDF)
+    for name, a, b in zip(("y", "dx", "dw"), found, products(x_RD, w_EDF, dy_RF, sizes), strict=True):
+        np.testing.assert_allclose(np.asarray(a, np.float64), b, atol=bound * max(1, np.abs(b).max(initial=0)), rtol=0,
+                                   err_msg=name)
+
+
+@pytest.mark.parametrize("dtype, bound", [(jnp.float32, 1e-6), (jnp.bfloat16, 4e-3)])
+@pytest.mark.parametrize("rows, width, columns, sizes", [
+    (70, 24, 40, (5, 0, 33, 1, 20)),  # empty, unaligned, rows behind; no dimension a multiple of a tile's
+    (300, 96, 80, (0, 129, 0, 3, 150, 0)),  # more than a tile, the first and the last empty
+    (512, 256, 512, (128, 256, 0, 128)),  # whole tiles
+    (33, 16, 16, (0, 0)),  # nothing at all
+])
+def test_products_and_gradients(rows, width, columns, sizes, dtype, bound):
+    check(rows, width, columns, sizes, dtype, bound)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=6), st.integers(0, 9), st.integers(1, 40), st.integers(0, 2**31))
+def test_any_sizes(sizes, behind, width, seed):
+    check(max(sum(sizes) + behind, 1), width, 17, sizes, jnp.float32, 1e-6, seed)
