@@ -1,4 +1,4 @@
-"""The grouped matmul on a GPU in its three directions: XLA's `ragged_dot`, moejax's kernels, and tokamax if installed.
+"""The grouped matmul on a GPU in its three directions: XLA's `ragged_dot`, moejax's, and tokamax's if it is installed.
 
     python -m benchmarks.grouped                        # OLMoE's layer: T 32768, D 2048, F 1024, E 64, K 8, bfloat16
     python -m benchmarks.grouped --search               # and the kernels with other tiles
@@ -18,8 +18,7 @@ import numpy as np
 from absl import app, flags
 
 from benchmarks.timing import alternate, machine, table
-from moejax.moe import grouped
-from moejax.moe.grouped import Tile
+from moejax.moe import grouped, grouped_hopper, grouped_triton
 
 flags.DEFINE_integer("tokens", 32768, "T")
 flags.DEFINE_integer("width", 2048, "D")
@@ -32,8 +31,12 @@ flags.DEFINE_bool("search", False, "try other tiles")
 flags.DEFINE_bool("xla", True, "try XLA's, which may take 60 times as long")
 flags.DEFINE_multi_enum("only", [], ["y", "dx", "dw"], "directions; all by default")
 
-TILES = [Tile(128, 256, 64, 8, 3), Tile(128, 256, 64, 8, 4), Tile(128, 128, 64, 4, 4), Tile(128, 128, 64, 8, 3),
-         Tile(256, 128, 64, 8, 3), Tile(64, 256, 64, 4, 4), Tile(128, 256, 32, 8, 4)]
+TILES = {
+    grouped_hopper: [grouped_hopper.Tile(), grouped_hopper.Tile(stages=4), grouped_hopper.Tile(across=8),
+                     grouped_hopper.Tile(depth=128, stages=2), grouped_hopper.Tile(columns=128, stages=5)],
+    grouped_triton: [grouped_triton.Tile(128, 256, 64, 8, 3), grouped_triton.Tile(128, 256, 64, 8, 4),
+                     grouped_triton.Tile(128, 128, 64, 4, 3)],
+}
 
 
 def implementations(direction: str) -> dict[str, Any]:
@@ -45,16 +48,16 @@ def implementations(direction: str) -> dict[str, Any]:
             return jax.vjp(lambda x: matmul(x, w, sizes), x)[1](dy)[0]
         return jax.vjp(lambda w: matmul(x, w, sizes), w)[1](dy)[0]
 
-    def kernel(tile: Tile, x: Any, w: Any, dy: Any, sizes: Any) -> Any:
-        if direction == "y":
-            return grouped._rows(x, w, sizes, tile, transposed=False)
-        return grouped._rows(dy, w, sizes, tile, transposed=True) if direction == "dx" else grouped._weights(
-            x, dy, sizes, tile)
+    def kernel(module: Any, tile: Any, x: Any, w: Any, dy: Any, sizes: Any) -> Any:
+        if direction == "dw":
+            return module.weights_of(x, dy, sizes, tile=tile)
+        return module.rows_times(x if direction == "y" else dy, w, sizes, transposed=direction == "dx", tile=tile)
 
     found = {"ragged_dot": functools.partial(differentiate, jax.lax.ragged_dot)} if flags.FLAGS.xla else {}
-    found["triton"] = functools.partial(differentiate, grouped.matmul)
-    if flags.FLAGS.search:
-        found |= {f"triton {'x'.join(map(str, tile))}": functools.partial(kernel, tile) for tile in TILES}
+    found["moejax"] = functools.partial(differentiate, grouped.matmul)
+    for module, tiles in TILES.items() if flags.FLAGS.search else ():
+        name = module.__name__.rpartition("_")[2]
+        found |= {f"{name} {'x'.join(map(str, tile))}": functools.partial(kernel, module, tile) for tile in tiles}
     try:
         import tokamax
     except ImportError:

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from moejax import sharding
+from moejax.config import check
 from moejax.layers.mlp import SWIGLU, Activation, activate, dropout
 from moejax.moe import blocked, grouped
 
@@ -19,7 +21,7 @@ def feed_forward(x_RD: Array, sizes_E: Array, w_in_EDGF: Array, w_out_EFD: Array
       sizes_E: int32.
       w_in_EDGF: gate and up projections (G = 2), or one projection (G = 1).
       w_out_EFD: down projection.
-      compute: `blocked`, `ragged_dot` or `triton`.
+      compute: `blocked`, `ragged_dot` or `pallas`.
       block_rows: rows of a block for `blocked`.
       dropout_rate: rate of dropout on the hidden units.
       key: its PRNG key, or None for no dropout.
@@ -32,7 +34,7 @@ def feed_forward(x_RD: Array, sizes_E: Array, w_in_EDGF: Array, w_out_EFD: Array
     if compute == "blocked":
         return blocked.feed_forward(x_RD, sizes_E, w_in_EDGF, w_out_EFD, b_in_EGF, key, block_rows, dropout_rate,
                                     activation)
-    matmul = grouped.matmul if compute == "triton" else jax.lax.ragged_dot
+    matmul = grouped.matmul if compute == "pallas" else jax.lax.ragged_dot
     experts, width, inputs, hidden = w_in_EDGF.shape
     h_RF = matmul(x_RD, w_in_EDGF.reshape(experts, width, inputs * hidden), sizes_E)
     h_RGF = h_RF.reshape(-1, inputs, hidden)
@@ -54,10 +56,17 @@ def dense_feed_forward(x_ETD: Array, w_in_EDGF: Array, w_out_EFD: Array, dropout
 
 
 def choose_compute(compute: str) -> str:
-    """Resolves `auto` by backend: XLA expands ragged_dot to E times the work on CPU and often on GPU; TPU has a kernel."""
+    """Resolves `auto` by backend: XLA expands ragged_dot to E times the work on CPU and often on GPU; TPU has a kernel.
+
+    Raises:
+      UserError: `pallas` without a GPU (on a CPU a layer without a mesh can interpret it).
+    """
     if compute != "auto":
+        interpretable = jax.default_backend() == "cpu" and sharding.current_mesh() is None
+        check(compute != "pallas" or jax.default_backend() == "gpu" or interpretable,
+              "config.moe.compute=pallas needs a GPU; use auto")
         return compute
-    return {"cpu": "blocked", "gpu": "triton"}.get(jax.default_backend(), "ragged_dot")
+    return {"cpu": "blocked", "gpu": "pallas"}.get(jax.default_backend(), "ragged_dot")
 
 
 def spare_rows(compute: str, block_rows: int) -> int:
@@ -66,5 +75,5 @@ def spare_rows(compute: str, block_rows: int) -> int:
 
 
 def row_multiple(compute: str) -> int:
-    """What the number of rows should be a multiple of: the TPU kernel's tile, the largest power of two in it, up to 256."""
-    return 256 if compute == "ragged_dot" else 1
+    """What the number of rows should be a multiple of: a kernel's tile, on TPU the largest power of two, up to 256."""
+    return {"ragged_dot": 256, "pallas": 128}.get(compute, 1)

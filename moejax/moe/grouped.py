@@ -1,40 +1,16 @@
-"""Grouped matmul on GPU: rows sorted by expert, each times its expert's matrix, in tiles that no two experts share.
+"""Grouped matmul on GPU: rows sorted by expert, each times its expert's matrix, with the kernels that the GPU is fast with.
 
-A tile is up to `rows` rows of one expert, so a group may begin anywhere, have any size and be empty. The kernels are for
-Triton through Pallas; on a CPU they run interpreted, which is slow and how tests hold them to plain matmuls.
+XLA's own lowering of `jax.lax.ragged_dot` multiplies every row with every expert there: with jax 0.11.2 on an H200, 64
+experts took fifty times as long, and the weights' gradient wanted 138 GB. On a CPU the kernels run interpreted, for tests.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
 
-
-class Tile(NamedTuple):
-    """How a kernel parts its work.
-
-    Attributes:
-      rows: rows of the result that one program computes.
-      columns: columns of it.
-      depth: how much of the contracted dimension is loaded at once.
-      warps: of 32 threads, for one program.
-      stages: loads in flight.
-    """
-
-    rows: int
-    columns: int
-    depth: int
-    warps: int
-    stages: int
-
-
-FORWARD = Tile(128, 256, 64, 8, 3)
-BACKWARD = Tile(128, 256, 64, 8, 3)
-WEIGHTS = Tile(128, 256, 64, 8, 3)
-"""For y, for the gradient of x and for that of w."""
+from moejax.moe import grouped_hopper, grouped_triton
 
 
 @jax.custom_vjp
@@ -42,123 +18,34 @@ def matmul(x_RD: Array, w_EDF: Array, sizes_E: Array) -> Array:
     """Rows times their expert's matrix, accumulated in float32.
 
     Args:
-      x_RD: rows; the first sizes_E[0] belong to expert 0, and so on.
+      x_RD: rows; the first sizes_E[0] belong to expert 0, and so on. What lies behind counts as zero.
       w_EDF: of the same type.
       sizes_E: int32, of sum R at most.
 
     Returns:
-      y_RF, of the same type. Beyond the groups lies anything, not a number included; so it does in the gradient of x,
-      and that of w does not depend on what lies there.
+      y_RF, of the same type. Beyond the groups lies anything, not a number included; so it does in the gradient of x.
     """
-    return _rows(x_RD, w_EDF, sizes_E, FORWARD, transposed=False)
+    return _forward(x_RD, w_EDF, sizes_E)[0]
 
 
 def _forward(x_RD: Array, w_EDF: Array, sizes_E: Array) -> tuple[Array, Any]:
-    return matmul(x_RD, w_EDF, sizes_E), (x_RD, w_EDF, sizes_E)
+    x_RD = _in_groups(x_RD, sizes_E)
+    return _kernels(w_EDF, x_RD).rows_times(x_RD, w_EDF, sizes_E, transposed=False), (x_RD, w_EDF, sizes_E)
 
 
 def _backward(saved: Any, dy_RF: Array) -> tuple[Array, Array, None]:
     x_RD, w_EDF, sizes_E = saved
-    return (_rows(dy_RF, w_EDF, sizes_E, BACKWARD, transposed=True), _weights(x_RD, dy_RF, sizes_E, WEIGHTS), None)
+    dy_RF, kernels = _in_groups(dy_RF, sizes_E), _kernels(w_EDF, x_RD)
+    return kernels.rows_times(dy_RF, w_EDF, sizes_E, transposed=True), kernels.weights_of(x_RD, dy_RF, sizes_E), None
 
 
 matmul.defvjp(_forward, _backward)
 
 
-def _rows(x_RD: Array, w_EDF: Array, sizes_E: Array, tile: Tile, transposed: bool) -> Array:
-    """x times the matrices, or times their transposes."""
-    rows, depth = x_RD.shape
-    experts, columns = w_EDF.shape[0], w_EDF.shape[1 if transposed else 2]
-    tile = _fit(tile, rows, columns, depth)
-    # Each expert ends with at most one tile that is not full, so this many are enough. Those left over begin at their end.
-    tiles = rows // tile.rows + experts
-    count_E = -(-sizes_E // tile.rows)
-    first_E, end_E = jnp.cumsum(count_E) - count_E, jnp.cumsum(sizes_E)
-    index_M = jnp.arange(tiles)
-    expert_M = jnp.minimum(jnp.searchsorted(first_E + count_E, index_M, side="right", method="compare_all"), experts - 1)
-    start_M = end_E[expert_M] - sizes_E[expert_M] + (index_M - first_E[expert_M]) * tile.rows
-    across = pl.cdiv(columns, tile.columns)
-
-    def kernel(expert_M, start_M, end_M, x_RD, w_EDF, y_RF):
-        # Neighbouring programs share rows, which are then read from memory once.
-        m, column = pl.program_id(0) // across, pl.program_id(0) % across * tile.columns
-        expert, start, end = expert_M[m], start_M[m], end_M[m]
-        row_r1 = (start + jnp.arange(tile.rows) < end)[:, None]
-        at_c, column_1c = pl.ds(column, tile.columns), _within(column, tile.columns, columns)
-
-        def step(k, y_rc):
-            at_d = pl.ds(k * tile.depth, tile.depth)
-            depth_1d = _within(k * tile.depth, tile.depth, depth)
-            x_rd = triton.load(x_RD.at[pl.ds(start, tile.rows), at_d], mask=row_r1 & depth_1d, other=0)
-            if transposed:
-                w_cd = triton.load(w_EDF.at[expert, at_c, at_d], mask=column_1c.T & depth_1d, other=0)
-                return y_rc + _dot(x_rd, w_cd.T)
-            w_dc = triton.load(w_EDF.at[expert, at_d, at_c], mask=depth_1d.T & column_1c, other=0)
-            return y_rc + _dot(x_rd, w_dc)
-
-        steps = (start < end).astype(jnp.int32) * pl.cdiv(depth, tile.depth)
-        y_rc = jax.lax.fori_loop(0, steps, step, jnp.zeros((tile.rows, tile.columns), jnp.float32))
-        triton.store(y_RF.at[pl.ds(start, tile.rows), at_c], y_rc.astype(y_RF.dtype), mask=row_r1 & column_1c)
-
-    return _call(kernel, tiles * across, (rows, columns), tile)(expert_M, start_M, end_E[expert_M], x_RD, w_EDF)
+def _in_groups(x_RD: Array, sizes_E: Array) -> Array:
+    """Zeros behind the groups: in the weights' gradient zero times what is no number would be no number."""
+    return jnp.where(jnp.arange(x_RD.shape[0])[:, None] < jnp.sum(sizes_E), x_RD, 0)
 
 
-def _weights(x_RD: Array, dy_RF: Array, sizes_E: Array, tile: Tile) -> Array:
-    """Each expert's x^T dy, [E, D, F]."""
-    (rows, width), columns = x_RD.shape, dy_RF.shape[1]
-    tile = _fit(tile, width, columns, rows)
-    down, across = pl.cdiv(width, tile.rows), pl.cdiv(columns, tile.columns)
-    end_E = jnp.cumsum(sizes_E)
-
-    def kernel(start_E, end_E, x_RD, dy_RF, w_EDF):
-        expert, part = pl.program_id(0) // (down * across), pl.program_id(0) % (down * across)
-        row, column = part // across * tile.rows, part % across * tile.columns
-        start, end = start_E[expert], end_E[expert]
-        row_1r, column_1c = _within(row, tile.rows, width), _within(column, tile.columns, columns)
-
-        def step(k, w_rc):
-            first = start + k * tile.depth
-            # What lies beyond a group may be no number, so neither factor may let it in.
-            depth_d1 = (first + jnp.arange(tile.depth) < end)[:, None]
-            x_dr = triton.load(x_RD.at[pl.ds(first, tile.depth), pl.ds(row, tile.rows)], mask=depth_d1 & row_1r, other=0)
-            dy_dc = triton.load(dy_RF.at[pl.ds(first, tile.depth), pl.ds(column, tile.columns)],
-                                mask=depth_d1 & column_1c, other=0)
-            return w_rc + _dot(x_dr.T, dy_dc)
-
-        w_rc = jax.lax.fori_loop(0, pl.cdiv(end - start, tile.depth), step,
-                                 jnp.zeros((tile.rows, tile.columns), jnp.float32))
-        triton.store(w_EDF.at[expert, pl.ds(row, tile.rows), pl.ds(column, tile.columns)], w_rc.astype(w_EDF.dtype),
-                     mask=row_1r.T & column_1c)
-
-    shape = (sizes_E.shape[0], width, columns)
-    return _call(kernel, shape[0] * down * across, shape, tile)(end_E - sizes_E, end_E, x_RD, dy_RF)
-
-
-def _fit(tile: Tile, rows: int, columns: int, depth: int) -> Tile:
-    """No larger than what there is, and no smaller than what a matrix unit takes."""
-    def fit(size: int, length: int) -> int:
-        return max(16, min(size, pl.next_power_of_2(length)))
-    return tile._replace(rows=fit(tile.rows, rows), columns=fit(tile.columns, columns), depth=fit(tile.depth, depth))
-
-
-def _within(begin: Any, size: int, length: int) -> Array:
-    """Which of `size` places from `begin` on are less than `length`, bool [1, size]."""
-    if length % size == 0:
-        return jnp.ones((1, size), bool)
-    return (begin + jnp.arange(size) < length)[None]
-
-
-def _dot(a: Array, b: Array) -> Array:
-    return jnp.dot(a, b, preferred_element_type=jnp.float32)
-
-
-def _call(kernel: Any, programs: int, shape: tuple[int, ...], tile: Tile) -> Any:
-    """Runs a kernel over whole arrays, the last of which it writes, of the type of the one before."""
-    def call(*arrays: Array) -> Array:
-        last = jax.typeof(arrays[-1])
-        return pl.pallas_call(
-            kernel, grid=(programs,), out_shape=jax.ShapeDtypeStruct(shape, last.dtype, manual_axis_type=last.mat),
-            compiler_params=triton.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
-            interpret=jax.default_backend() == "cpu", name=f"grouped_{kernel.__qualname__.split('.')[0][1:]}",
-        )(*arrays)
-    return call
+def _kernels(w_EDF: Array, x_RD: Array) -> Any:
+    return grouped_hopper if grouped_hopper.fits(w_EDF, x_RD.shape[0]) else grouped_triton

@@ -1,4 +1,4 @@
-"""The GPU's grouped matmul, interpreted on a CPU: products and both gradients are those of plain matmuls in float64.
+"""The GPU's grouped matmuls, interpreted on a CPU: products and both gradients are those of plain matmuls in float64.
 
 On a machine with a GPU `JAX_PLATFORMS=cuda python -m pytest tests/moe/test_grouped.py` runs the kernels themselves.
 """
@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moejax.moe import grouped
+from moejax.moe import grouped, grouped_hopper
 
 
 def products(x_RD, w_EDF, dy_RF, sizes):
@@ -33,8 +33,12 @@ def check(rows, width, columns, sizes, dtype, bound, seed=0):
                              jnp.where(behind, jnp.nan, x_RD), w_EDF)
         dx_RD, dw_EDF = back(jnp.where(behind, jnp.nan, dy_RF))
     assert (y_RF.dtype, dx_RD.dtype, dw_EDF.dtype) == (dtype,) * 3
-    found = (y_RF[:sum(sizes)], dx_RD[:sum(sizes)], dw_EDF)
-    for name, a, b in zip(("y", "dx", "dw"), found, products(x_RD, w_EDF, dy_RF, sizes), strict=True):
+    compare((y_RF[:sum(sizes)], dx_RD[:sum(sizes)], dw_EDF), products(x_RD, w_EDF, dy_RF, sizes), bound)
+
+
+def compare(found, wanted, bound):
+    """`bound` is relative to the largest number of each."""
+    for name, a, b in zip(("y", "dx", "dw"), found, wanted, strict=True):
         np.testing.assert_allclose(np.asarray(a, np.float64), b, atol=bound * max(1, np.abs(b).max(initial=0)), rtol=0,
                                    err_msg=name)
 
@@ -54,3 +58,24 @@ def test_products_and_gradients(rows, width, columns, sizes, dtype, bound):
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=6), st.integers(0, 9), st.integers(1, 40), st.integers(0, 2**31))
 def test_any_sizes(sizes, behind, width, seed):
     check(max(sum(sizes) + behind, 1), width, 17, sizes, jnp.float32, 1e-6, seed)
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="jax cannot interpret these kernels")
+@pytest.mark.skipif(jax.default_backend() == "gpu" and not grouped_hopper.is_hopper(), reason="needs a Hopper GPU")
+@pytest.mark.parametrize("sizes", [
+    (5, 0, 133, 128, 1),  # tiles of several experts, one in the middle of another's rows, rows behind
+    (0, 128, 256, 0),  # whole tiles, the first and the last expert empty
+    pytest.param((0, 0), marks=pytest.mark.slow),
+    pytest.param((384,), marks=pytest.mark.slow),
+    pytest.param((7, 1, 8, 360, 8), marks=pytest.mark.slow),
+])
+def test_hopper_kernels(sizes):
+    rows, width, columns = 384, 256, 512
+    rng = np.random.default_rng(0)
+    x_RD, w_EDF, dy_RF = (jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in (
+        (rows, width), (len(sizes), width, columns), (rows, columns)))
+    sizes_E = jnp.array(sizes, jnp.int32)
+    found = (grouped_hopper.rows_times(x_RD, w_EDF, sizes_E, transposed=False)[:sum(sizes)],
+             grouped_hopper.rows_times(dy_RF, w_EDF, sizes_E, transposed=True)[:sum(sizes)],
+             grouped_hopper.weights_of(x_RD, dy_RF, sizes_E))
+    compare(found, products(x_RD, w_EDF, dy_RF, sizes), 4e-3)
