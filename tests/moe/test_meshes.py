@@ -15,6 +15,7 @@ from moejax import axes, sharding
 from moejax import config as configs
 from moejax.config import MeshConfig, UserError
 from moejax.models import transformer
+from moejax.moe import experts
 from moejax.moe.dispatch import DISPATCHERS
 from moejax.moe.layer import choose_dispatcher, mixture
 
@@ -240,6 +241,36 @@ def test_ragged_dot_on_a_mesh_equals_the_oracle():
     want_TD = lone_layer(config_of(num_experts=E, dispatch="dense"), 48, 8)
     with jax.set_mesh(sharding.make_mesh(MESHES["data2 expert2 model2"])):
         assert_close(lone_layer(config_of(num_experts=E, dispatch="all_gather", compute="ragged_dot"), 48, 8), want_TD)
+
+
+@pytest.mark.parametrize("router, dispatch, mesh", [
+    ("topk", "all_gather", "data2 expert4"), ("bias", "all_to_all", "data4 expert2"),
+    pytest.param("bias", "sort", "data8", marks=pytest.mark.slow),
+    pytest.param("hash", "ragged", "expert8", marks=pytest.mark.slow),
+    pytest.param("choice in the batch", "all_gather", "data2 expert2 model2", marks=pytest.mark.slow),
+    pytest.param("topk", "ragged", "expert4 context2", marks=pytest.mark.slow),
+    pytest.param("topk", "all_to_all", "expert8", marks=pytest.mark.slow)])
+def test_what_kernels_leave_behind_the_groups_never_counts(monkeypatch, router, dispatch, mesh):
+    """Results and gradients behind the last group are not numbers here, as they may be on a GPU."""
+    @jax.custom_vjp
+    def poison(x_RD, behind_R1):
+        return jnp.where(behind_R1, jnp.nan, x_RD)
+
+    poison.defvjp(lambda x_RD, behind_R1: (poison(x_RD, behind_R1), behind_R1),
+                  lambda behind_R1, dx_RD: (poison(dx_RD, behind_R1), None))
+    feed_forward = experts.feed_forward
+
+    def leaving(x_RD, sizes_E, *weights, **more):
+        behind_R1 = jnp.arange(x_RD.shape[0])[:, None] >= jnp.sum(sizes_E)
+        y_RD = feed_forward(jnp.where(behind_R1, 0, poison(x_RD, behind_R1)), sizes_E, *weights, **more)
+        return jnp.where(behind_R1, jnp.nan, y_RD)
+
+    want = loss_and_gradients(router, "dense")
+    monkeypatch.setattr(experts, "feed_forward", leaving)
+    with jax.set_mesh(sharding.make_mesh(MESHES[mesh])):
+        (loss, _), gradients = loss_and_gradients(router, dispatch)
+    np.testing.assert_allclose(loss, want[0][0], rtol=1e-5)
+    jax.tree.map(assert_close, gradients, want[1])
 
 
 @pytest.mark.parametrize("dispatch", ["sort", "all_to_all", "ragged"])
