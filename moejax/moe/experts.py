@@ -1,5 +1,7 @@
 """COMPUTE: what experts do with the rows they received. No communication, no knowledge of routing."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -21,7 +23,7 @@ def feed_forward(x_RD: Array, sizes_E: Array, w_in_EDGF: Array, w_out_EFD: Array
       sizes_E: int32.
       w_in_EDGF: gate and up projections (G = 2), or one projection (G = 1).
       w_out_EFD: down projection.
-      compute: `blocked`, `ragged_dot` or `pallas`.
+      compute: `blocked`, `ragged_dot`, `triton` or `hopper`.
       block_rows: rows of a block for `blocked`.
       dropout_rate: rate of dropout on the hidden units.
       key: its PRNG key, or None for no dropout.
@@ -34,7 +36,7 @@ def feed_forward(x_RD: Array, sizes_E: Array, w_in_EDGF: Array, w_out_EFD: Array
     if compute == "blocked":
         return blocked.feed_forward(x_RD, sizes_E, w_in_EDGF, w_out_EFD, b_in_EGF, key, block_rows, dropout_rate,
                                     activation)
-    matmul = grouped.matmul if compute == "pallas" else jax.lax.ragged_dot
+    matmul = jax.lax.ragged_dot if compute == "ragged_dot" else partial(grouped.matmul, kernels=compute)
     experts, width, inputs, hidden = w_in_EDGF.shape
     h_RF = matmul(x_RD, w_in_EDGF.reshape(experts, width, inputs * hidden), sizes_E)
     h_RGF = h_RF.reshape(-1, inputs, hidden)
@@ -59,14 +61,14 @@ def choose_compute(compute: str) -> str:
     """Resolves `auto` by backend: XLA expands ragged_dot to E times the work on CPU and often on GPU; TPU has a kernel.
 
     Raises:
-      UserError: `pallas` without a GPU (on a CPU a layer without a mesh can interpret it).
+      UserError: kernels of `grouped` without a GPU (on a CPU a layer without a mesh can interpret it).
     """
     if compute != "auto":
         interpretable = jax.default_backend() == "cpu" and sharding.current_mesh() is None
-        check(compute != "pallas" or jax.default_backend() == "gpu" or interpretable,
-              "config.moe.compute=pallas needs a GPU; use auto")
+        check(compute not in grouped.KERNELS or jax.default_backend() == "gpu" or interpretable,
+              f"config.moe.compute={compute} needs a GPU; use auto")
         return compute
-    return {"cpu": "blocked", "gpu": "pallas"}.get(jax.default_backend(), "ragged_dot")
+    return {"cpu": "blocked", "gpu": "triton"}.get(jax.default_backend(), "ragged_dot")
 
 
 def spare_rows(compute: str, block_rows: int) -> int:
@@ -76,4 +78,4 @@ def spare_rows(compute: str, block_rows: int) -> int:
 
 def row_multiple(compute: str) -> int:
     """What the number of rows should be a multiple of: a kernel's tile, on TPU the largest power of two, up to 256."""
-    return {"ragged_dot": 256, "pallas": 128}.get(compute, 1)
+    return {"ragged_dot": 256, "hopper": 128}.get(compute, 1)

@@ -13,6 +13,8 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as mosaic
 
+from moejax.config import check
+
 
 class Tile(NamedTuple):
     """How a kernel parts its work.
@@ -43,13 +45,17 @@ def is_hopper() -> bool:
     return jax.default_backend() == "gpu" and jax.local_devices()[0].compute_capability == "9.0"
 
 
-def fits(w_EDF: Array, rows: int) -> bool:
-    """Whether these kernels take that many rows and these matrices, and this is a Hopper GPU."""
+def check_fit(w_EDF: Array, rows: int) -> None:
+    """Raises `UserError` unless these kernels take that many rows and these matrices, here."""
     tile, (_, width, columns) = Tile(), w_EDF.shape
-    return is_hopper() and jax.__version_info__ >= (0, 11) and w_EDF.dtype in ("bfloat16", "float16") and (
-        rows % tile.rows == 0 < rows) and width % tile.columns == 0 and columns % tile.columns == 0
+    check(is_hopper() and jax.__version_info__ >= (0, 11), "config.moe.compute=hopper needs a Hopper GPU (H100, H200) and "
+          "jax 0.11 or newer; use auto")
+    check(w_EDF.dtype in ("bfloat16", "float16"), "config.moe.compute=hopper needs config.train.dtype=bfloat16; use auto")
+    check(width % tile.columns == 0 and columns % tile.columns == 0 and rows % tile.rows == 0, f"config.moe.compute=hopper "
+          f"takes matrices whose dimensions are multiples of {tile.columns}, not {width} by {columns}; use auto")
 
 
+@functools.partial(jax.jit, static_argnames=("transposed", "tile"))  # else every layer's kernel is built anew, in seconds
 def rows_times(x_RD: Array, w_EDF: Array, sizes_E: Array, transposed: bool, tile: Tile = Tile()) -> Array:  # noqa: B008
     """Rows times their expert's matrix, or its transpose. Rows must be as many as a tile's, the others multiples of those.
 
@@ -107,15 +113,19 @@ def rows_times(x_RD: Array, w_EDF: Array, sizes_E: Array, transposed: bool, tile
     return y_RF.at[tiles.row_PR.reshape(-1)].set(part_PRF.reshape(-1, columns), mode="drop")
 
 
+@functools.partial(jax.jit, static_argnames="tile")
 def weights_of(x_RD: Array, dy_RF: Array, sizes_E: Array, tile: Tile = Tile()) -> Array:  # noqa: B008
     """Each expert's x^T dy, [E, D, F]. The dimensions must be multiples of the tile's, where `rows` parts D.
 
     Args:
-      x_RD, dy_RF: grouped by expert, finite also beyond the groups.
+      x_RD, dy_RF: grouped by expert.
       sizes_E: int32.
       tile: how the work is parted.
     """
     (rows, width), columns = x_RD.shape, dy_RF.shape[1]
+    # Beyond the groups may lie what is no number, and zero times that is none either.
+    used_R1 = jnp.arange(rows)[:, None] < jnp.sum(sizes_E)
+    x_RD, dy_RF = jnp.where(used_R1, x_RD, 0), jnp.where(used_R1, dy_RF, 0)
     experts, down, across = sizes_E.shape[0], width // tile.rows, columns // tile.columns
     end_E = jnp.cumsum(sizes_E)
     start_E = end_E - sizes_E
@@ -254,5 +264,5 @@ def _call(kernel: Any, tile: Tile, blocks: Any, at_step: Any, shapes: tuple[tupl
             thread_name="group", out_type=[jax.ShapeDtypeStruct(shape, last.dtype, manual_axis_type=last.mat)
                                            for shape in shapes],
             compiler_params=mosaic.CompilerParams(lowering_semantics=mosaic.LoweringSemantics.Warpgroup),
-            interpret=None if on_gpu else mosaic.InterpretGPUParams())(*arrays)
+            interpret=None if on_gpu else mosaic.InterpretGPUParams(detect_races=True))(*arrays)
     return call

@@ -3,6 +3,7 @@
 A tile is up to `rows` rows of one expert, so a group may begin anywhere, have any size and be empty.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -37,6 +38,12 @@ OTHERS = Tile(128, 128, 32, 8, 3)
 """For processors with 200 KiB of shared memory, and for those with at least 48."""
 
 
+def check_fit(w_EDF: Array, rows: int) -> None:
+    """Any shape fits."""
+    del w_EDF, rows
+
+
+@partial(jax.jit, static_argnames=("transposed", "tile"))
 def rows_times(x_RD: Array, w_EDF: Array, sizes_E: Array, transposed: bool, tile: Tile | None = None) -> Array:
     """Rows times their expert's matrix, or its transpose.
 
@@ -86,6 +93,7 @@ def rows_times(x_RD: Array, w_EDF: Array, sizes_E: Array, transposed: bool, tile
     return _call(kernel, tiles * across, (rows, columns), tile)(expert_M, start_M, end_E[expert_M], x_RD, w_EDF)
 
 
+@partial(jax.jit, static_argnames="tile")
 def weights_of(x_RD: Array, dy_RF: Array, sizes_E: Array, tile: Tile | None = None) -> Array:
     """Each expert's x^T dy, [E, D, F], of rows grouped by expert."""
     (rows, width), columns = x_RD.shape, dy_RF.shape[1]

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from moe_reference import D, E, F, assert_close, config_of, context, inputs
 
+from moejax import sharding
+from moejax.config import MeshConfig, UserError
 from moejax.layers.mlp import FeedForward, activate, dropout
 from moejax.moe import blocked, experts
 from moejax.moe.layer import mixture
@@ -114,8 +116,19 @@ def test_the_gate_is_silu_and_the_other_half_passes():
     np.testing.assert_allclose(activate(jnp.asarray(h, jnp.float32)), want, rtol=1e-6)
 
 
-def test_auto_takes_blocks_on_cpu_and_only_blocks_need_spare_rows():
-    assert experts.choose_compute("auto") == "blocked" and experts.choose_compute("ragged_dot") == "ragged_dot"
+@pytest.mark.parametrize("backend, chosen", [("cpu", "blocked"), ("gpu", "triton"), ("tpu", "ragged_dot")])
+def test_auto_goes_by_the_backend(monkeypatch, backend, chosen):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    assert experts.choose_compute("auto") == chosen
+
+
+def test_kernels_for_gpus_are_refused_on_a_cpu_with_a_mesh():
+    with jax.set_mesh(sharding.make_mesh(MeshConfig())), pytest.raises(UserError, match="compute=triton needs a GPU"):
+        experts.choose_compute("triton")
+
+
+def test_only_blocks_need_spare_rows():
+    assert experts.choose_compute("ragged_dot") == "ragged_dot"
     assert (experts.spare_rows("blocked", 13), experts.spare_rows("ragged_dot", 13)) == (2, 0)
 
 

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moejax.config import UserError
 from moejax.moe import grouped, grouped_hopper
 
 
@@ -29,7 +30,7 @@ def check(rows, width, columns, sizes, dtype, bound, seed=0):
         (rows, width), (len(sizes), width, columns), (rows, columns)))
     behind = jnp.arange(rows)[:, None] >= sum(sizes)
     with jax.default_matmul_precision("highest"):
-        y_RF, back = jax.vjp(lambda x, w: grouped.matmul(x, w, jnp.array(sizes, jnp.int32)),
+        y_RF, back = jax.vjp(lambda x, w: grouped.matmul(x, w, jnp.array(sizes, jnp.int32), "triton"),
                              jnp.where(behind, jnp.nan, x_RD), w_EDF)
         dx_RD, dw_EDF = back(jnp.where(behind, jnp.nan, dy_RF))
     assert (y_RF.dtype, dx_RD.dtype, dw_EDF.dtype) == (dtype,) * 3
@@ -69,7 +70,8 @@ def test_any_sizes(sizes, behind, width, seed):
     pytest.param((384,), marks=pytest.mark.slow),
     pytest.param((7, 1, 8, 360, 8), marks=pytest.mark.slow),
 ])
-def test_hopper_kernels(sizes):
+def test_hopper_kernels(sizes, capfd):
+    """The interpreter says so if two groups of threads touch a place in no order."""
     rows, width, columns = 384, 256, 512
     rng = np.random.default_rng(0)
     x_RD, w_EDF, dy_RF = (jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in (
@@ -79,3 +81,14 @@ def test_hopper_kernels(sizes):
              grouped_hopper.rows_times(dy_RF, w_EDF, sizes_E, transposed=True)[:sum(sizes)],
              grouped_hopper.weights_of(x_RD, dy_RF, sizes_E))
     compare(found, products(x_RD, w_EDF, dy_RF, sizes), 4e-3)
+    assert "RACE" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("hopper, dtype, width, complaint", [
+    (False, jnp.bfloat16, 256, "needs a Hopper GPU"), (True, jnp.float32, 256, "needs config.train.dtype=bfloat16"),
+    (True, jnp.bfloat16, 96, "multiples of 256, not 96 by 512")])
+def test_what_hopper_kernels_cannot_take_is_refused(monkeypatch, hopper, dtype, width, complaint):
+    monkeypatch.setattr(grouped_hopper, "is_hopper", lambda: hopper)
+    monkeypatch.setattr(jax, "__version_info__", (0, 11, 0))
+    with pytest.raises(UserError, match=complaint):
+        grouped_hopper.check_fit(jnp.zeros((3, width, 512), dtype), 128)
