@@ -14,8 +14,17 @@ from moejax.moe.routing import ROUTERS
 QUICK = "experiments/routing/base.py:quick"
 
 
+def test_the_quick_form_runs(tmp_path):
+    """One router, and a second time, when there is nothing left to run."""
+    for _ in range(2):
+        table = sweep.sweep(QUICK, tmp_path, ["topk"], seeds=1, jobs=1, fast_compile=True)
+        (row,) = sweep.rows(tmp_path / "rows.jsonl")
+    assert row["router"] == "topk" and math.log(257) - 1 > row["loss"] > 0 and row["tokens_per_second"] > 0
+    assert "| `topk` | 1 |" in table and (tmp_path / "plot.png").stat().st_size > 5000
+
+
 @pytest.mark.slow
-def test_the_quick_form_runs_and_goes_on(tmp_path):
+def test_the_quick_form_goes_on(tmp_path):
     for names, said in ((["topk"], 1), (["topk", "soft_moe"], 2)):
         table = sweep.sweep(QUICK, tmp_path, names, seeds=1, jobs=1, fast_compile=True)
         rows = sweep.rows(tmp_path / "rows.jsonl")
