@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "moe.routing": {"moe.balance"},
     "moe.dispatch": {"sharding"},
     "moe.blocked": {"sharding", "layers"},
-    "moe.grouped_hopper": set(),
+    "moe.grouped_hopper": {"sharding"},
     "moe.grouped_triton": {"moe.grouped_hopper"},
     "moe.grouped": {"moe.grouped_hopper", "moe.grouped_triton"},
     "moe.experts": {"sharding", "layers", "moe.blocked", "moe.grouped"},

@@ -13,6 +13,7 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as mosaic
 
+from moejax import sharding
 from moejax.config import check
 
 
@@ -245,7 +246,7 @@ def _transforms(columns: int) -> tuple[Any, Any]:
 def _call(kernel: Any, tile: Tile, blocks: Any, at_step: Any, shapes: tuple[tuple[int, ...], ...]) -> Any:
     """Runs a kernel on every processor of the GPU, with three warp groups; on a CPU, interpreted."""
     def call(*arrays: Array) -> list[Array]:
-        last = jax.typeof(arrays[-1])
+        dtype = arrays[-1].dtype
         nothing = lambda *_, **__: None  # noqa: E731
         loading = _loading(tile, blocks, at_step, tile.stages, nothing, nothing)
 
@@ -255,14 +256,14 @@ def _call(kernel: Any, tile: Tile, blocks: Any, at_step: Any, shapes: tuple[tupl
             pl.run_scoped(
                 lambda loads, stored: kernel(*references, loads, stored),
                 loads=loading.get_allocations(first, second), collective_axes="group",
-                stored=mosaic.SMEM((2, 2, STORED, STORED), last.dtype, transforms=_transforms(STORED)))
+                stored=mosaic.SMEM((2, 2, STORED, STORED), dtype, transforms=_transforms(STORED)))
             mosaic.wait_smem_to_gmem(0, wait_read_only=True)
 
         on_gpu = jax.default_backend() == "gpu"
-        return mosaic.kernel(
+        found = mosaic.kernel(
             body, grid=(jax.local_devices()[0].core_count if on_gpu else 3,), grid_names=("processor",), num_threads=3,
-            thread_name="group", out_type=[jax.ShapeDtypeStruct(shape, last.dtype, manual_axis_type=last.mat)
-                                           for shape in shapes],
+            thread_name="group", out_type=[jax.ShapeDtypeStruct(shape, dtype) for shape in shapes],
             compiler_params=mosaic.CompilerParams(lowering_semantics=mosaic.LoweringSemantics.Warpgroup),
             interpret=None if on_gpu else mosaic.InterpretGPUParams(detect_races=True))(*arrays)
+        return [sharding.varying_like(array, arrays[-1]) for array in found]
     return call
