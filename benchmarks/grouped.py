@@ -28,7 +28,7 @@ flags.DEFINE_integer("choices", 8, "K")
 flags.DEFINE_float("skew", 0, "group e is 1/e**skew times as large as the first")
 flags.DEFINE_integer("rounds", 7, "timed rounds")
 flags.DEFINE_bool("search", False, "try other tiles")
-flags.DEFINE_bool("xla", True, "try XLA's, which may take 60 times as long")
+flags.DEFINE_bool("xla", True, "try XLA's, which may take fifty times as long")
 flags.DEFINE_multi_enum("only", [], ["y", "dx", "dw"], "directions; all by default")
 
 TILES = {
@@ -91,21 +91,21 @@ def main(argv: list[str]) -> None:
         arrays = [jax.random.normal(key, shape, jnp.bfloat16) for key, shape in zip(
             keys, ((rows, width), (flag.experts, width, columns), (rows, columns)), strict=True)]
         for direction in flag.only or ("y", "dx", "dw"):
-            variants, errors = {}, {}
+            variants, differences, refused = {}, {}, {}
             for variant, function in implementations(direction).items():
                 run = functools.partial(jax.jit(function), *arrays, sizes_E)
                 try:
                     found = run()
                 except Exception as error:  # whatever a library or the compiler refuses is a result here
-                    errors[variant] = f"{type(error).__name__}: {error}"[:300]
+                    refused[variant] = f"{type(error).__name__}: {error}"[:300]
                     continue
-                variants[variant], errors[variant] = run, difference(direction, arrays, np.asarray(sizes_E), found)
+                variants[variant], differences[variant] = run, difference(direction, arrays, np.asarray(sizes_E), found)
             for variant, seconds in alternate(variants, flag.rounds).items():
                 median = statistics.median(seconds)
                 results.append({"product": f"{name} {direction}", "variant": variant, "ms": 1e3 * median,
-                                "tflops": 2 * rows * width * columns / median / 1e12, "difference": errors.pop(variant)})
+                                "tflops": 2 * rows * width * columns / median / 1e12, "difference": differences[variant]})
             results += [{"product": f"{name} {direction}", "variant": variant, "error": error}
-                        for variant, error in errors.items()]
+                        for variant, error in refused.items()]
             print(table([tuple(r.get(k, "") for k in ("product", "variant", "ms", "tflops", "difference", "error"))
                          for r in results if r["product"] == f"{name} {direction}"],
                         ("product", "variant", "ms", "TFLOP/s", "difference", "error")), flush=True)

@@ -58,7 +58,7 @@ class ModelConfig:
     norm_eps: float = key(1e-6, "added to the mean square in RMSNorm", low=0)
     rope_base: float = key(10_000.0, "base of the rotary frequencies", low=1)
     qk_norm: bool = key(False, "RMSNorm on each query and key head before the rotation")
-    attention: str = key("auto", "attention over whole sequences: plain, or cudnn on GPU in bfloat16", free=True,
+    attention: str = key("auto", "attention over whole sequences: plain, or cudnn where it fits (bfloat16, GPU)", free=True,
                          choices=("auto", "plain", "cudnn"))
     tie_embeddings: bool = key(False, "use the embedding as the output head")
     head: str = key("tokens", "what the model ends with: scores of tokens, scores of classes for a whole row, or nothing",

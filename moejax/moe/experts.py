@@ -8,6 +8,7 @@ from jax import Array
 
 from moejax import sharding
 from moejax.config import check
+from moejax.gpus import cuda_capability
 from moejax.layers.mlp import SWIGLU, Activation, activate, dropout
 from moejax.moe import blocked, grouped
 
@@ -58,7 +59,7 @@ def dense_feed_forward(x_ETD: Array, w_in_EDGF: Array, w_out_EFD: Array, dropout
 
 
 def choose_compute(compute: str) -> str:
-    """Resolves `auto` by backend: XLA expands ragged_dot to E times the work on CPU and often on GPU; TPU has a kernel.
+    """Resolves `auto` by backend: XLA expands ragged_dot to E times the work on CPU and GPU, and has a kernel on TPU.
 
     Raises:
       UserError: kernels of `grouped` without a GPU (on a CPU a layer without a mesh can interpret it).
@@ -68,7 +69,9 @@ def choose_compute(compute: str) -> str:
         check(compute not in grouped.KERNELS or jax.default_backend() == "gpu" or interpretable,
               f"config.moe.compute={compute} needs a GPU; use auto")
         return compute
-    return {"cpu": "blocked", "gpu": "triton"}.get(jax.default_backend(), "ragged_dot")
+    if jax.default_backend() == "cpu":
+        return "blocked"
+    return "triton" if (cuda_capability() or (0, 0)) >= (8, 0) else "ragged_dot"
 
 
 def spare_rows(compute: str, block_rows: int) -> int:
@@ -77,5 +80,5 @@ def spare_rows(compute: str, block_rows: int) -> int:
 
 
 def row_multiple(compute: str) -> int:
-    """What the number of rows should be a multiple of: a kernel's tile, on TPU the largest power of two, up to 256."""
+    """What the number of rows should be a multiple of. The TPU's tile is the largest power of two in it, up to 256."""
     return {"ragged_dot": 256, "hopper": 128}.get(compute, 1)

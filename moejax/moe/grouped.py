@@ -5,24 +5,35 @@ experts took fifty times as long, and the weights' gradient wanted 138 GB. On a 
 """
 
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 import jax
 from jax import Array
 
-from moejax.moe import grouped_hopper, grouped_triton
+from moejax.config import check
 
-KERNELS = {"triton": grouped_triton, "hopper": grouped_hopper}
-"""Modules with `rows_times`, `weights_of` and `check_fit`."""
+KERNELS = ("triton", "hopper")
+"""`moejax.moe.grouped_triton` and `moejax.moe.grouped_hopper`: each has `rows_times`, `weights_of` and `check_fit`."""
+
+
+def _module(kernels: str) -> ModuleType:
+    """Imported when it is wanted: Pallas takes a while, and its parts come and go with versions of jax."""
+    if kernels == "hopper":
+        from moejax.moe import grouped_hopper
+        return grouped_hopper
+    from moejax.moe import grouped_triton
+    return grouped_triton
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def matmul(x_RD: Array, w_EDF: Array, sizes_E: Array, kernels: str) -> Array:
-    """Rows times their expert's matrix, accumulated in float32.
+    """Rows times their expert's matrix, accumulated in float32; of float32 the GPU rounds factors to TF32, as XLA does,
+    unless `jax.default_matmul_precision` says otherwise.
 
     Args:
       x_RD: rows; the first sizes_E[0] belong to expert 0, and so on. What lies behind never counts.
-      w_EDF: of the same type.
+      w_EDF: of the same type; bfloat16, float16 or float32.
       sizes_E: int32, of sum R at most.
       kernels: a name in `KERNELS`.
 
@@ -33,14 +44,15 @@ def matmul(x_RD: Array, w_EDF: Array, sizes_E: Array, kernels: str) -> Array:
 
 
 def _forward(x_RD: Array, w_EDF: Array, sizes_E: Array, kernels: str) -> tuple[Array, Any]:
-    KERNELS[kernels].check_fit(w_EDF, x_RD.shape[0])
-    return KERNELS[kernels].rows_times(x_RD, w_EDF, sizes_E, transposed=False), (x_RD, w_EDF, sizes_E)
+    check(x_RD.dtype == w_EDF.dtype, f"rows of {x_RD.dtype} cannot be multiplied with matrices of {w_EDF.dtype}")
+    _module(kernels).check_fit(w_EDF, x_RD.shape[0])
+    return _module(kernels).rows_times(x_RD, w_EDF, sizes_E, transposed=False), (x_RD, w_EDF, sizes_E)
 
 
 def _backward(kernels: str, saved: Any, dy_RF: Array) -> tuple[Array, Array, None]:
     x_RD, w_EDF, sizes_E = saved
-    return (KERNELS[kernels].rows_times(dy_RF, w_EDF, sizes_E, transposed=True),
-            KERNELS[kernels].weights_of(x_RD, dy_RF, sizes_E), None)
+    return (_module(kernels).rows_times(dy_RF, w_EDF, sizes_E, transposed=True),
+            _module(kernels).weights_of(x_RD, dy_RF, sizes_E), None)
 
 
 matmul.defvjp(_forward, _backward)

@@ -15,6 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as mosaic
 
 from moejax import sharding
 from moejax.config import check
+from moejax.gpus import cuda_capability
 
 
 class Tile(NamedTuple):
@@ -41,27 +42,23 @@ ALIGNED = 8
 WHOLE, NOTHING = -1, -2
 
 
-def is_hopper() -> bool:
-    """Whether this process computes on such GPUs."""
-    return jax.default_backend() == "gpu" and jax.local_devices()[0].compute_capability == "9.0"
-
-
 def check_fit(w_EDF: Array, rows: int) -> None:
     """Raises `UserError` unless these kernels take that many rows and these matrices, here."""
     tile, (_, width, columns) = Tile(), w_EDF.shape
-    check(is_hopper() and jax.__version_info__ >= (0, 11), "config.moe.compute=hopper needs a Hopper GPU (H100, H200) and "
-          "jax 0.11 or newer; use auto")
+    check(cuda_capability() == (9, 0) and jax.__version_info__ >= (0, 11), "config.moe.compute=hopper needs a Hopper GPU "
+          "(H100, H200) and jax 0.11 or newer; use auto")
     check(w_EDF.dtype in ("bfloat16", "float16"), "config.moe.compute=hopper needs config.train.dtype=bfloat16; use auto")
-    check(width % tile.columns == 0 and columns % tile.columns == 0 and rows % tile.rows == 0, f"config.moe.compute=hopper "
-          f"takes matrices whose dimensions are multiples of {tile.columns}, not {width} by {columns}; use auto")
+    check(width % tile.columns == 0 and columns % tile.columns == 0, f"config.moe.compute=hopper takes matrices whose "
+          f"dimensions are multiples of {tile.columns}, not {width} by {columns}; use auto")
+    check(rows % tile.rows == 0 < rows, f"config.moe.compute=hopper takes multiples of {tile.rows} rows, not {rows}")
 
 
 @functools.partial(jax.jit, static_argnames=("transposed", "tile"))  # else every layer's kernel is built anew, in seconds
 def rows_times(x_RD: Array, w_EDF: Array, sizes_E: Array, transposed: bool, tile: Tile = Tile()) -> Array:  # noqa: B008
-    """Rows times their expert's matrix, or its transpose. Rows must be as many as a tile's, the others multiples of those.
+    """Rows times their expert's matrix, or its transpose. The dimensions must be multiples of the tile's.
 
     Args:
-      x_RD: grouped by expert.
+      x_RD: grouped by expert; R is at least a tile's rows, and a multiple of `ALIGNED`.
       w_EDF: [E, D, F]; transposed, [E, F, D].
       sizes_E: int32.
       transposed: as said.
@@ -119,7 +116,8 @@ def weights_of(x_RD: Array, dy_RF: Array, sizes_E: Array, tile: Tile = Tile()) -
     """Each expert's x^T dy, [E, D, F]. The dimensions must be multiples of the tile's, where `rows` parts D.
 
     Args:
-      x_RD, dy_RF: grouped by expert.
+      x_RD, dy_RF: grouped by expert. Rows of other experts are multiplied by zero where they share a tile's end, so what
+        is no number there makes this expert's gradient none either.
       sizes_E: int32.
       tile: how the work is parted.
     """
@@ -247,12 +245,13 @@ def _call(kernel: Any, tile: Tile, blocks: Any, at_step: Any, shapes: tuple[tupl
     """Runs a kernel on every processor of the GPU, with three warp groups; on a CPU, interpreted."""
     def call(*arrays: Array) -> list[Array]:
         dtype = arrays[-1].dtype
-        nothing = lambda *_, **__: None  # noqa: E731
-        loading = _loading(tile, blocks, at_step, tile.stages, nothing, nothing)
+        unused = lambda *_, **__: None  # noqa: E731
+        # Only asked for what it wants to be allocated; the kernel makes its own, of the same blocks.
+        loading = _loading(tile, blocks, at_step, tile.stages, unused, unused)
 
         def body(*references: Any) -> None:
             first, second = references[len(arrays) - 2:len(arrays)]
-            second = second.at[0] if len(second.shape) == 3 else second
+            second = second.at[0] if len(second.shape) == 3 else second  # of matrices, that of one expert
             pl.run_scoped(
                 lambda loads, stored: kernel(*references, loads, stored),
                 loads=loading.get_allocations(first, second), collective_axes="group",

@@ -1,4 +1,4 @@
-"""The grouped matmul as Triton kernels through Pallas, for any GPU and any shape, in tiles that no two experts share.
+"""The grouped matmul as Triton kernels through Pallas, for any shape, in tiles that no two experts share.
 
 A tile is up to `rows` rows of one expert, so a group may begin anywhere, have any size and be empty.
 """
@@ -12,7 +12,7 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from moejax.moe import grouped_hopper
+from moejax.gpus import cuda_capability
 
 
 class Tile(NamedTuple):
@@ -127,7 +127,7 @@ def weights_of(x_RD: Array, dy_RF: Array, sizes_E: Array, tile: Tile | None = No
 def _fit(tile: Tile | None, dtype: Any, rows: int, columns: int, depth: int) -> Tile:
     """No larger than what there is and what shared memory holds, and no smaller than what a matrix unit takes."""
     if tile is None:
-        tile = HOPPER if grouped_hopper.is_hopper() else OTHERS
+        tile = HOPPER if cuda_capability() == (9, 0) else OTHERS
         tile = tile._replace(depth=tile.depth * 2 // jnp.dtype(dtype).itemsize)
 
     def fit(size: int, length: int) -> int:

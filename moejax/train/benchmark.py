@@ -20,9 +20,11 @@ def matmul_ceiling(mesh: Mesh, dtype: Any, repeats: int = 5) -> float:
     size = 1024 if mesh.devices.flat[0].platform == "cpu" else 8192
     rows = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
     # Random numbers: on constants an accelerator draws less power and runs faster.
-    draw = jax.jit(partial(jax.random.normal, dtype=dtype), static_argnames="shape", out_shardings=rows)
-    a = draw(jax.random.key(0), shape=(size * mesh.size, size))
-    b = jax.device_put(draw(jax.random.key(1), shape=(size, size)), NamedSharding(mesh, PartitionSpec()))
+    def draw(seed: int, length: int, placement: NamedSharding) -> jax.Array:
+        normal = partial(jax.random.normal, shape=(length, size), dtype=dtype)
+        return jax.jit(normal, out_shardings=placement)(jax.random.key(seed))
+
+    a, b = draw(0, size * mesh.size, rows), draw(1, size, NamedSharding(mesh, PartitionSpec()))
     multiply = jax.jit(lambda a, b: (a @ b) / size, out_shardings=rows)
     multiply(a, b).block_until_ready()
     seconds = []

@@ -14,25 +14,27 @@ def arrays(length=64, keys=64, heads=4, groups=2, head_dim=16, value_dim=16, dty
     return tuple(jax.random.normal(key, shape, dtype) for key, shape in zip(drawn, shapes, strict=True))
 
 
-@pytest.mark.parametrize("attention_key, backend, changes, plain_only, wanted", [
-    ("auto", "gpu", {}, False, True),
-    ("cudnn", "gpu", {}, False, True),
-    ("plain", "gpu", {}, False, False),
-    ("auto", "cpu", {}, False, False),
-    ("auto", "gpu", {"dtype": jnp.float32}, False, False),
-    ("auto", "gpu", {}, True, False),  # biases, sinks, split sequences
-    ("cudnn", "gpu", {"length": 1}, False, False),  # a step of generation
-    ("auto", "gpu", {"value_dim": 8}, False, False),  # latent attention
-    ("auto", "gpu", {"head_dim": 12, "value_dim": 12}, False, False),
+@pytest.mark.parametrize("attention_key, capability, changes, plain_only, wanted", [
+    ("auto", (9, 0), {}, False, True),
+    ("cudnn", (9, 0), {}, False, True),
+    ("plain", (9, 0), {}, False, False),
+    ("auto", None, {}, False, False),  # no GPU, or of another maker
+    ("auto", (7, 5), {}, False, False),
+    ("auto", (8, 0), {"length": 63, "keys": 63}, False, False),
+    ("auto", (9, 0), {"dtype": jnp.float32}, False, False),
+    ("auto", (9, 0), {}, True, False),  # biases, sinks, split sequences
+    ("cudnn", (9, 0), {"length": 1}, False, False),  # a step of generation
+    ("auto", (9, 0), {"value_dim": 8}, False, False),  # latent attention
+    ("auto", (9, 0), {"head_dim": 12, "value_dim": 12}, False, False),
 ])
-def test_where_cudnn_is_chosen(monkeypatch, attention_key, backend, changes, plain_only, wanted):
-    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+def test_where_cudnn_is_chosen(monkeypatch, attention_key, capability, changes, plain_only, wanted):
+    monkeypatch.setattr(cudnn, "cuda_capability", lambda: capability)
     assert cudnn.chosen(attention_key, *arrays(**changes), plain_only) == wanted
 
 
 def test_asking_for_it_without_a_gpu_is_an_error(monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
-    with pytest.raises(UserError, match="needs a GPU"):
+    monkeypatch.setattr(cudnn, "cuda_capability", lambda: None)
+    with pytest.raises(UserError, match="needs an NVIDIA GPU"):
         cudnn.chosen("cudnn", *arrays(), False)
 
 

@@ -116,9 +116,12 @@ def test_the_gate_is_silu_and_the_other_half_passes():
     np.testing.assert_allclose(activate(jnp.asarray(h, jnp.float32)), want, rtol=1e-6)
 
 
-@pytest.mark.parametrize("backend, chosen", [("cpu", "blocked"), ("gpu", "triton"), ("tpu", "ragged_dot")])
-def test_auto_goes_by_the_backend(monkeypatch, backend, chosen):
+@pytest.mark.parametrize("backend, capability, chosen", [
+    ("cpu", None, "blocked"), ("gpu", (8, 0), "triton"), ("gpu", (7, 0), "ragged_dot"), ("gpu", None, "ragged_dot"),
+    ("tpu", None, "ragged_dot")])
+def test_auto_goes_by_the_backend(monkeypatch, backend, capability, chosen):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(experts, "cuda_capability", lambda: capability)
     assert experts.choose_compute("auto") == chosen
 
 

@@ -8,7 +8,6 @@ import pytest
 
 from moejax import sharding
 from moejax.config import MeshConfig, MoEConfig
-from moejax.moe import grouped_hopper
 from moejax.moe.layer import mixture
 from moejax.moe.routing import resolve
 from moejax.moe.types import RoutingContext, Totals
@@ -24,8 +23,7 @@ def on_hopper(monkeypatch):
     """Lets the code believe in a GPU. Lowering asks jax itself what kind it is."""
     from jax._src.pallas.triton import gpu_info
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(jax, "local_devices", lambda: [types.SimpleNamespace(core_count=132)])
-    monkeypatch.setattr(grouped_hopper, "is_hopper", lambda: True)
+    monkeypatch.setattr(jax, "local_devices", lambda: [types.SimpleNamespace(core_count=132, compute_capability="9.0")])
     monkeypatch.setattr(gpu_info, "get_gpu_info", lambda: types.SimpleNamespace(compute_capability=90))
 
 

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moejax.config import UserError
+from moejax.gpus import cuda_capability
 from moejax.moe import grouped, grouped_hopper
 
 
@@ -62,7 +63,7 @@ def test_any_sizes(sizes, behind, width, seed):
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="jax cannot interpret these kernels")
-@pytest.mark.skipif(jax.default_backend() == "gpu" and not grouped_hopper.is_hopper(), reason="needs a Hopper GPU")
+@pytest.mark.skipif(jax.default_backend() == "gpu" and cuda_capability() != (9, 0), reason="needs a Hopper GPU")
 @pytest.mark.parametrize("sizes", [
     (5, 0, 133, 128, 1),  # tiles of several experts, one in the middle of another's rows, rows behind
     (0, 128, 256, 0),  # whole tiles, the first and the last expert empty
@@ -77,18 +78,22 @@ def test_hopper_kernels(sizes, capfd):
     x_RD, w_EDF, dy_RF = (jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in (
         (rows, width), (len(sizes), width, columns), (rows, columns)))
     sizes_E = jnp.array(sizes, jnp.int32)
-    found = (grouped_hopper.rows_times(x_RD, w_EDF, sizes_E, transposed=False)[:sum(sizes)],
-             grouped_hopper.rows_times(dy_RF, w_EDF, sizes_E, transposed=True)[:sum(sizes)],
-             grouped_hopper.weights_of(x_RD, dy_RF, sizes_E))
+    behind = jnp.arange(rows)[:, None] >= sum(sizes)
+    given_RD, given_RF = jnp.where(behind, jnp.nan, x_RD), jnp.where(behind, jnp.nan, dy_RF)
+    found = (grouped_hopper.rows_times(given_RD, w_EDF, sizes_E, transposed=False)[:sum(sizes)],
+             grouped_hopper.rows_times(given_RF, w_EDF, sizes_E, transposed=True)[:sum(sizes)],
+             grouped_hopper.weights_of(given_RD, given_RF, sizes_E))
     compare(found, products(x_RD, w_EDF, dy_RF, sizes), 4e-3)
     assert "RACE" not in capfd.readouterr().out
 
 
-@pytest.mark.parametrize("hopper, dtype, width, complaint", [
-    (False, jnp.bfloat16, 256, "needs a Hopper GPU"), (True, jnp.float32, 256, "needs config.train.dtype=bfloat16"),
-    (True, jnp.bfloat16, 96, "multiples of 256, not 96 by 512")])
-def test_what_hopper_kernels_cannot_take_is_refused(monkeypatch, hopper, dtype, width, complaint):
-    monkeypatch.setattr(grouped_hopper, "is_hopper", lambda: hopper)
+@pytest.mark.parametrize("capability, dtype, width, rows, complaint", [
+    ((8, 0), jnp.bfloat16, 256, 128, "needs a Hopper GPU"),
+    ((9, 0), jnp.float32, 256, 128, "needs config.train.dtype=bfloat16"),
+    ((9, 0), jnp.bfloat16, 96, 128, "multiples of 256, not 96 by 512"),
+    ((9, 0), jnp.bfloat16, 256, 100, "multiples of 128 rows, not 100")])
+def test_what_hopper_kernels_cannot_take_is_refused(monkeypatch, capability, dtype, width, rows, complaint):
+    monkeypatch.setattr(grouped_hopper, "cuda_capability", lambda: capability)
     monkeypatch.setattr(jax, "__version_info__", (0, 11, 0))
     with pytest.raises(UserError, match=complaint):
-        grouped_hopper.check_fit(jnp.zeros((3, width, 512), dtype), 128)
+        grouped_hopper.check_fit(jnp.zeros((3, width, 512), dtype), rows)
