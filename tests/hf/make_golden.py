@@ -120,8 +120,8 @@ MODELS = {
 }
 WHOLE = ("GPT2", "Dbrx", "T5", "SwitchTransformers", "BertForMaskedLM", "BertForSequenceClassification", "BertModel")
 """Kinds whose settings are all given above."""
-CLASSES = {"GPT2": "GPT2LMHeadModel", "Llama4Text": "Llama4ForCausalLM", "T5": "T5ForConditionalGeneration",
-           "SwitchTransformers": "SwitchTransformersForConditionalGeneration"}
+CLASSES = {"Dbrx": "DbrxForCausalLM", "GPT2": "GPT2LMHeadModel", "Llama4Text": "Llama4ForCausalLM",
+           "T5": "T5ForConditionalGeneration", "SwitchTransformers": "SwitchTransformersForConditionalGeneration"}
 
 
 def form(value, square):
@@ -159,6 +159,15 @@ class Combine:
         for module in net.modules():
             if "Router" in type(module).__name__ or type(module).__name__ == "HunYuanMoEV1Gate":
                 module.register_forward_hook(self.hook)
+            elif type(module).__name__ == "DbrxExperts":  # whose router returns logits only
+                module.register_forward_hook(self.experts_hook)
+
+    def experts_hook(self, module, inputs, outputs):
+        """Keeps what the experts of a layer are given to weigh their results with."""
+        del outputs
+        _, chosen, weights = inputs
+        dense = torch.zeros(chosen.shape[0], module.num_experts).scatter(1, chosen, weights.float())
+        self.found.append(dense.detach().numpy())
 
     def hook(self, module, inputs, outputs):
         """Keeps what one router returned."""
