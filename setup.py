@@ -48,6 +48,7 @@ setup(
         "tpu": ["jax[tpu]"],
         "tpu-aot": ["libtpu>=0.0.48"],  # to compile TPU programs on a machine without one
         "metrics": METRICS,
+        "lm-eval": ["lm_eval>=0.4.9"],
         "plots": ["matplotlib"],
         "test": [*EXAMPLES, *METRICS, "hypothesis", "matplotlib", "pytest", "pytest-xdist", "ruff"],
     },

@@ -1,0 +1,133 @@
+"""The lm-evaluation-harness on a small model: its scores are those of `moejax.logits`, its answers those of `generate`."""
+
+import dataclasses
+import json
+import sys
+import types
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+
+import moejax
+from moejax.checkpoint.made import save_model
+from moejax.config import UserError, build, default
+from moejax.data.tokenizers import ByteTokenizer
+from moejax.harness.__main__ import main
+from moejax.models import transformer
+
+ROOM = 24
+TEXT = {"question": "one", "choices": [" two", " xyz!"], "label": 0, "text": "one two three four five six seven eight nine"}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """An untrained decoder of bytes with a short context."""
+    folder = tmp_path_factory.mktemp("harness") / "run"
+    tree = default()
+    tree.model.update(dict(vocab_size=257, layers=2, embed=16, heads=2, kv_heads=1, head_dim=8, ffn=12, max_length=ROOM))
+    tree.moe.update(dict(num_experts=3, experts_per_token=2))
+    tree.data.length = ROOM
+    config = transformer.resolve(build(tree))
+    model = transformer.build(config)
+    tokens = np.zeros((1, 4), np.int32)
+    router = transformer.initial_router_state(config.model, config.moe)
+    params = model.init(jax.random.key(0), tokens, tokens, tokens + 1, router)["params"]
+    (folder / "data").mkdir(parents=True)
+    ByteTokenizer().save(folder / "data")
+    save_model(folder, folder, config, {"params": nn.meta.unbox(params), "router": router})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapter(run):
+    pytest.importorskip("lm_eval", reason='needs pip install -e ".[lm-eval]"')
+    from moejax.harness.adapter import HarnessModel
+    return HarnessModel(str(run), batch_size=2)
+
+
+def request(*arguments):
+    return types.SimpleNamespace(args=arguments)
+
+
+@pytest.mark.parametrize("context, told", [("one", " two"), ("", "abc"), ("trailing ", "word"), ("x" * 40, "yz")])
+def test_a_continuation_scores_as_logits_say(adapter, context, told):
+    """Also one whose context is longer than a row has room for, which then begins in its middle."""
+    ids = [256, *(context + told).encode()][-ROOM - 1:]
+    log_LV = np.asarray(jax.nn.log_softmax(moejax.logits(adapter.model, adapter.variables, [ids[:-1]])[0]))
+    count = len(told) + context.endswith(" ")  # a blank belongs to what follows
+    want = log_LV[np.arange(len(ids) - 1), ids[1:]][-count:]
+    greedy = (log_LV.argmax(1) == ids[1:])[-count:].all()
+    other = ("aa", "b" * 17)  # in the same batch, of another length
+    (found, _) = adapter.loglikelihood([request(context, told), request(*other)], disable_tqdm=True)
+    np.testing.assert_allclose(found[0], want.sum(), atol=1e-4)
+    assert found[1] == greedy
+
+
+def test_a_text_longer_than_a_row_is_scored_in_pieces_that_hold_every_token_once(adapter):
+    ids = list(TEXT["text"].encode())
+    assert len(ids) > ROOM
+    first = [256, *ids[:ROOM - 1]]
+    want = sum(np.asarray(jax.nn.log_softmax(moejax.logits(adapter.model, adapter.variables, [given])[0]))[
+        np.arange(len(given)), told][-new:].sum() for given, told, new in (
+            (first, ids[:ROOM], ROOM), (ids[-ROOM - 1:-1], ids[-ROOM:], len(ids) - ROOM)))
+    np.testing.assert_allclose(adapter.loglikelihood_rolling([request(TEXT["text"])], disable_tqdm=True), [want], atol=1e-3)
+
+
+def test_answers_are_those_of_generate_up_to_the_first_stop(adapter):
+    prompts = ["one", "two three", "four"]
+    options = {"until": [], "max_gen_toks": 7, "do_sample": False, "temperature": 0.7}
+    whole = adapter.generate_until([request(prompt, options) for prompt in prompts], disable_tqdm=True)
+    for prompt, text in zip(prompts, whole, strict=True):
+        made = moejax.generate(adapter.model, adapter.variables, [[256, *prompt.encode()]], max_new_tokens=7,
+                               stop_tokens=(256,))
+        ids = [256, *prompt.encode(), *made.tokens[0][:made.lengths[0]].tolist()]
+        assert text == ByteTokenizer().decode(ids)[len(prompt):]
+    stop = whole[0][2:4]
+    assert adapter.generate_until([request("one", options | {"until": ["never", stop]})], disable_tqdm=True) == [
+        whole[0][:whole[0].find(stop)]]
+
+
+def test_a_local_task_runs_from_the_command_line(run, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("lm_eval", reason='needs pip install -e ".[lm-eval]"')
+    (tmp_path / "data.jsonl").write_text(json.dumps(TEXT) + "\n" + json.dumps(TEXT | {"label": 1}) + "\n")
+    (tmp_path / "task.yaml").write_text(f"""
+task: local_choice
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {tmp_path}/data.jsonl}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: question
+doc_to_choice: choices
+doc_to_target: label
+target_delimiter: ""
+metric_list: [{{metric: acc}}]
+""")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    assert main([f"--model_args=workdir={run}", "--tasks=local_choice", f"--include_path={tmp_path}"]) == 0
+    assert "|acc" in (out := capsys.readouterr().out).replace(" ", "") and "0.5" in out  # the same choice twice, once right
+
+
+def test_a_run_that_is_not_there_is_one_line(tmp_path, capsys):
+    pytest.importorskip("lm_eval", reason='needs pip install -e ".[lm-eval]"')
+    (tmp_path / "none.yaml").write_text("")
+    assert main([f"--model_args=workdir={tmp_path}/none", "--tasks=hellaswag"]) == 2
+    assert "no such folder" in capsys.readouterr().err
+
+
+def test_without_the_harness_it_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.setitem(sys.modules, "lm_eval.__main__", None)
+    assert main(["--tasks=x"]) == 2 and "[lm-eval]" in capsys.readouterr().err
+    assert main(["--help"]) == 0 and "--model_args=workdir=RUN" in capsys.readouterr().out
+
+
+def test_an_encoder_is_refused(run, monkeypatch):
+    pytest.importorskip("lm_eval", reason='needs pip install -e ".[lm-eval]"')
+    from moejax.harness import adapter as module
+    model, variables = moejax.load(run)
+    monkeypatch.setattr(module, "load", lambda *_: (
+        model.clone(model=dataclasses.replace(model.model, kind="encoder")), variables))
+    with pytest.raises(UserError, match="decoders"):
+        module.HarnessModel(str(run))
