@@ -54,7 +54,8 @@ class Task:
 
     objective: str = key("next_token", "what is learned; left out, next_token, masked_lm or seq2seq by config.model.kind, "
                          "and classification with the head for it", choices=tuple(OBJECTIVES))
-    input: str = key("{text}", "pairs and labels: template of the input; names of fields in braces")
+    input: str = key("{text}", "pairs and labels: template of the input; names of fields in braces, {a.b.0} "
+                     "for what lies in one")
     target: str = key("{target}", "pairs: template of the target")
     label: str = key("label", "labels: field that holds the label")
     labels: tuple[str, ...] | None = key(None, "labels: all that there are, in the order of the scores; None takes those "

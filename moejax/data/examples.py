@@ -83,7 +83,7 @@ def fill(record: sources.Record, template: str, key: str) -> str:
 
 def text_of(record: sources.Record, name: str, key: str) -> str:
     """A field as text; numbers are written out."""
-    number = plain(record.fields.get(name))
+    number = plain(sources.value(record, name, key))
     if isinstance(number, (int, float)) and not isinstance(number, bool):
         return str(number)
     return sources.field(record, name, key)

@@ -79,11 +79,22 @@ def records(source: str) -> Iterator[Record]:
 
 
 def value(record: Record, name: str, key: str) -> Any:
-    """A field. Raises `UserError` with place and reason, and the `key` of the config that names it, if it is not there."""
+    """A field, or what lies in one: `answers.text.0` is the first of the list `text` in `answers`.
+
+    Raises:
+      UserError: it is not there, with the place, the reason, and the `key` of the config that names it.
+    """
     check(record.problem is None, f"{record.where}: {record.problem}")
-    known = f" to one of {', '.join(record.fields)}" if record.fields else ""
-    check(name in record.fields, f"{record.where}: no field {name!r}; set {key}{known}")
-    return record.fields[name]
+    if name in record.fields:
+        return record.fields[name]
+    inner: Any = record.fields
+    try:
+        for part in name.split("."):
+            inner = inner[part] if isinstance(inner, dict) else inner[int(part)]
+    except (KeyError, IndexError, ValueError, TypeError):
+        known = f" to one of {', '.join(record.fields)}" if record.fields else ""
+        raise UserError(f"{record.where}: no field {name!r}; set {key}{known}") from None
+    return inner
 
 
 def field(record: Record, name: str, key: str) -> str:
