@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "moe.grouped_hopper": {"sharding", "gpus"},
     "moe.grouped_triton": {"gpus"},
     "moe.grouped": {"moe.grouped_hopper", "moe.grouped_triton"},
-    "moe.experts": {"sharding", "gpus", "layers", "moe.blocked", "moe.grouped"},
+    "moe.experts": {"gpus", "layers", "moe.blocked", "moe.grouped"},
     "moe.slots": {"layers", "moe.experts"},
     "moe.merged": {"layers"},
     "moe.weights": set(),

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from moejax import sharding
 from moejax.config import check
 from moejax.gpus import cuda_capability
 from moejax.layers.mlp import SWIGLU, Activation, activate, dropout
@@ -62,11 +61,10 @@ def choose_compute(compute: str) -> str:
     """Resolves `auto` by backend: XLA expands ragged_dot to E times the work on CPU and GPU, and has a kernel on TPU.
 
     Raises:
-      UserError: kernels of `grouped` without a GPU (on a CPU a layer without a mesh can interpret it).
+      UserError: kernels of `grouped` without a GPU.
     """
     if compute != "auto":
-        interpretable = jax.default_backend() == "cpu" and sharding.current_mesh() is None
-        check(compute not in grouped.KERNELS or jax.default_backend() == "gpu" or interpretable,
+        check(compute not in grouped.KERNELS or jax.default_backend() == "gpu",
               f"config.moe.compute={compute} needs a GPU; use auto")
         return compute
     if jax.default_backend() == "cpu":
