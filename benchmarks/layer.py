@@ -20,7 +20,7 @@ from absl import app, flags
 
 from benchmarks.timing import alternate, machine, over, table
 from moejax import allocator
-from moejax.config import MoEConfig
+from moejax.config import MoEConfig, fields
 from moejax.moe import blocked, experts
 from moejax.moe.dispatch import DISPATCHERS, Sizes
 from moejax.moe.layer import mixture
@@ -32,7 +32,7 @@ flags.DEFINE_integer("width", 256, "D")
 flags.DEFINE_integer("hidden", 512, "F")
 flags.DEFINE_multi_integer("experts", [8, 64], "E; may be given several times")
 flags.DEFINE_integer("choices", 2, "K")
-flags.DEFINE_enum("compute", "auto", ["auto", "blocked", "triton", "hopper", "ragged_dot"], "the grouped matmul")
+flags.DEFINE_enum("compute", "auto", fields()["moe.compute"].metadata["choices"], "the grouped matmul")
 flags.DEFINE_string("dtype", "float32", "compute type of the experts")
 flags.DEFINE_integer("rounds", 7, "timed rounds")
 

@@ -21,7 +21,7 @@ from moejax.data.baselines import unigram_bits_per_byte, xz_bits_per_byte
 from moejax.data.prepare import Prepared, load_prepared, load_references
 from moejax.data.rows import shorten
 from moejax.data.specials import special_ids
-from moejax.data.tokenizers import load_tokenizer
+from moejax.data.tokenizers import added_text, load_tokenizer
 from moejax.evaluation.load import load, load_sharded
 from moejax.generation.beam import beam_search
 from moejax.generation.generate import generate as generate_tokens
@@ -258,7 +258,7 @@ def written(model: Any, variables: Any, mesh: Mesh | None, tokenizer: Any, confi
     new = [row[:n].tolist() for row, n in zip(generated.tokens, generated.lengths)]
     if answers(task):
         return [tokenizer.decode(row) for row in new]
-    return [tokenizer.decode(ids[1:] + row)[len(tokenizer.decode(ids[1:])):] for ids, row in zip(encoded, new)]
+    return [added_text(tokenizer, ids[1:], row) for ids, row in zip(encoded, new)]
 
 
 def answers(task: Task) -> bool:

@@ -198,6 +198,11 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     return _from_file(folder / ("tokenizer.model" if kind == "sentencepiece" else "tokenizer.json"))
 
 
+def added_text(tokenizer: Tokenizer, before: list[int], new: list[int]) -> str:
+    """What new tokens add to the text of those before them: a blank before a word belongs to it."""
+    return tokenizer.decode(before + new)[len(tokenizer.decode(before)):]
+
+
 def tokenizer_files(spec: str) -> list[Path]:
     """The one file of a tokenizer spec, or none for those that have no file. Raises UserError if it is not there."""
     if spec in ("bytes", "sentencepiece"):

@@ -28,10 +28,10 @@ def main(arguments: Sequence[str]) -> int:
         try:
             from lm_eval.__main__ import cli_evaluate
 
-            import moejax.harness.adapter  # noqa: F401  (which registers the model)
+            from moejax.harness.adapter import ROWS  # which registers the model
         except ImportError as error:
             raise UserError(f'{error.name} is missing; pip install -e ".[lm-eval]"') from None
-        rows = () if any(word.startswith(("--batch_size", "-b")) for word in arguments) else ("--batch_size", "8")
+        rows = () if any(word.startswith(("--batch_size", "-b")) for word in arguments) else ("--batch_size", str(ROWS))
         sys.argv = ["lm_eval", "run", "--model", "moejax", *rows, *arguments]
         cli_evaluate()
     return exit_status(work, "nothing was written")

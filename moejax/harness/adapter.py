@@ -19,13 +19,15 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from moejax.config import check
-from moejax.data.tokenizers import load_tokenizer
+from moejax.data.tokenizers import added_text, load_tokenizer
 from moejax.evaluation.load import load
 from moejax.generation import score
 from moejax.generation.begin import bucket, check_decodable
 from moejax.generation.generate import generate
 from moejax.models.transformer import Transformer
 
+ROWS = 8
+"""Scored or continued at once, unless it is said."""
 NEW_TOKENS = 256
 """Of an answer, if the task does not say."""
 OPTIONS = ("temperature", "top_k", "top_p", "repetition_penalty")
@@ -36,7 +38,7 @@ OPTIONS = ("temperature", "top_k", "top_p", "repetition_penalty")
 class HarnessModel(TemplateLM):
     """Requests come as texts. Every text begins with the separator, as in training."""
 
-    def __init__(self, workdir: str, step: int | None = None, batch_size: int | str = 8, max_length: int | None = None,
+    def __init__(self, workdir: str, step: int | None = None, batch_size: int | str = ROWS, max_length: int | None = None,
                  **others: Any) -> None:
         """Loads the model of a workdir.
 
@@ -56,7 +58,7 @@ class HarnessModel(TemplateLM):
               "for continuations, which are what decoders are made for")
         check_decodable(self.model)
         self.tokenizer = load_tokenizer(Path(workdir) / "data")
-        self.rows = int(batch_size) if str(batch_size).isdecimal() else 8
+        self.rows = int(batch_size) if str(batch_size).isdecimal() else ROWS
         self.room = min(max_length or self.model.model.max_length, self.model.model.max_length)
 
     @property
@@ -120,14 +122,10 @@ class HarnessModel(TemplateLM):
                 made = generate(self.model, self.variables, [prompts[n] for n in chosen], max_new_tokens=new,
                                 stop_tokens=(self.eot_token_id,), **settings)
                 for n, row, length in zip(chosen, made.tokens, made.lengths):
-                    texts[n] = _until(self._after(prompts[n], row[:length].tolist()), asked[n][1].get("until"))
+                    texts[n] = _until(added_text(self.tokenizer, prompts[n], row[:length].tolist()),
+                                      asked[n][1].get("until"))
                     self.cache_hook.add_partial("generate_until", requests[n].args, texts[n])
         return texts
-
-    def _after(self, prompt: list[int], new: list[int]) -> str:
-        """What the new tokens add to the text: a blank before a word belongs to it."""
-        before = self.tokenizer.decode(prompt)
-        return self.tokenizer.decode(prompt + new)[len(before):]
 
     def _batches(self, lengths: Sequence[int], what: str, silent: bool) -> Iterable[list[int]]:
         """Numbers of rows of similar length, the longest first: what does not fit in memory fails at once."""

@@ -20,7 +20,7 @@ def chosen(attention: str, q_BLQH: Array, k_BSGH: Array, v_BSGV: Array, plain_on
     """
     if attention == "plain":
         return False
-    able = (cuda_capability() or (0, 0)) >= (8, 0) and q_BLQH.dtype in ("bfloat16", "float16")
+    able = cuda_capability() >= (8, 0) and q_BLQH.dtype in ("bfloat16", "float16")
     check(able or attention == "auto", "config.model.attention=cudnn needs an NVIDIA GPU of compute capability 8.0 or "
           "newer and config.train.dtype=bfloat16; use auto")
     length, width = q_BLQH.shape[1], q_BLQH.shape[3]

@@ -69,7 +69,7 @@ def choose_compute(compute: str) -> str:
         return compute
     if jax.default_backend() == "cpu":
         return "blocked"
-    return "triton" if (cuda_capability() or (0, 0)) >= (8, 0) else "ragged_dot"
+    return "triton" if cuda_capability() >= (8, 0) else "ragged_dot"
 
 
 def spare_rows(compute: str, block_rows: int) -> int:

@@ -16,6 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as mosaic
 from moejax import sharding
 from moejax.config import check
 from moejax.gpus import cuda_capability
+from moejax.moe.tiles import owners
 
 
 class Tile(NamedTuple):
@@ -192,13 +193,10 @@ def _tiles(sizes_E: Array, rows: int, tile_rows: int) -> Tiles:
     begin_E = end_E - sizes_E
     aligned_E = begin_E // ALIGNED * ALIGNED
     count_E = jnp.where(sizes_E > 0, -(-(end_E - aligned_E) // tile_rows), 0)
-    after_E = jnp.cumsum(count_E)
-    index_M = jnp.arange(rows // tile_rows + 2 * experts)
-    expert_M = jnp.minimum(jnp.searchsorted(after_E, index_M, side="right", method="compare_all"), experts - 1)
-    number_M = index_M - (after_E - count_E)[expert_M]
+    expert_M, number_M = owners(count_E, rows // tile_rows + 2 * experts)
     first_M = aligned_E[expert_M] + number_M * tile_rows
     whole_M = (first_M >= begin_E[expert_M]) & (first_M + tile_rows <= end_E[expert_M])
-    part_M = jnp.where(index_M >= after_E[-1], NOTHING, jnp.where(whole_M, WHOLE, 2 * expert_M + (number_M > 0)))
+    part_M = jnp.where(number_M >= count_E[expert_M], NOTHING, jnp.where(whole_M, WHOLE, 2 * expert_M + (number_M > 0)))
     start_M = jnp.minimum(first_M, rows - tile_rows)  # no tile reaches behind the last row
 
     row_MR = start_M[:, None] + jnp.arange(tile_rows)

@@ -13,6 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from moejax.gpus import cuda_capability
+from moejax.moe.tiles import owners
 
 
 class Tile(NamedTuple):
@@ -62,11 +63,9 @@ def rows_times(x_RD: Array, w_EDF: Array, sizes_E: Array, transposed: bool, tile
     tile = _fit(tile, x_RD.dtype, rows, columns, depth)
     # Each expert ends with at most one tile that is not full, so this many are enough. Those left over begin at their end.
     tiles = rows // tile.rows + experts
-    count_E = -(-sizes_E // tile.rows)
-    first_E, end_E = jnp.cumsum(count_E) - count_E, jnp.cumsum(sizes_E)
-    index_M = jnp.arange(tiles)
-    expert_M = jnp.minimum(jnp.searchsorted(first_E + count_E, index_M, side="right", method="compare_all"), experts - 1)
-    start_M = end_E[expert_M] - sizes_E[expert_M] + (index_M - first_E[expert_M]) * tile.rows
+    expert_M, number_M = owners(-(-sizes_E // tile.rows), tiles)
+    end_E = jnp.cumsum(sizes_E)
+    start_M = (end_E - sizes_E)[expert_M] + number_M * tile.rows
     across = pl.cdiv(columns, tile.columns)
 
     def kernel(expert_M, start_M, end_M, x_RD, w_EDF, y_RF):

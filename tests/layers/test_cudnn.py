@@ -18,7 +18,7 @@ def arrays(length=64, keys=64, heads=4, groups=2, head_dim=16, value_dim=16, dty
     ("auto", (9, 0), {}, False, True),
     ("cudnn", (9, 0), {}, False, True),
     ("plain", (9, 0), {}, False, False),
-    ("auto", None, {}, False, False),  # no GPU, or of another maker
+    ("auto", (0, 0), {}, False, False),  # no GPU, or of another maker
     ("auto", (7, 5), {}, False, False),
     ("auto", (8, 0), {"length": 63, "keys": 63}, False, False),
     ("auto", (9, 0), {"dtype": jnp.float32}, False, False),
@@ -33,7 +33,7 @@ def test_where_cudnn_is_chosen(monkeypatch, attention_key, capability, changes, 
 
 
 def test_asking_for_it_without_a_gpu_is_an_error(monkeypatch):
-    monkeypatch.setattr(cudnn, "cuda_capability", lambda: None)
+    monkeypatch.setattr(cudnn, "cuda_capability", lambda: (0, 0))
     with pytest.raises(UserError, match="needs an NVIDIA GPU"):
         cudnn.chosen("cudnn", *arrays(), False)
 

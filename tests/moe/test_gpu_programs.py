@@ -4,13 +4,14 @@ import types
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from moe_reference import context
 
 from moejax import sharding
 from moejax.config import MeshConfig, MoEConfig
 from moejax.moe.layer import mixture
 from moejax.moe.routing import resolve
-from moejax.moe.types import RoutingContext, Totals
 
 if jax.__version_info__ < (0, 11):
     pytest.skip("jax cannot lower kernels without a GPU", allow_module_level=True)
@@ -35,10 +36,8 @@ def test_each_product_of_the_layer_and_of_its_gradient_is_a_kernel(on_hopper, co
     config = resolve(MoEConfig(num_experts=EXPERTS, experts_per_token=2, ffn=HIDDEN, compute=compute, dispatch=dispatch))
 
     def loss(x_TD, router_DE, w_in_EDGF, w_out_EFD):
-        context = RoutingContext(jnp.zeros(TOKENS, jnp.int32), jnp.ones(TOKENS, bool),
-                                 Totals(jnp.float32(TOKENS), jnp.float32(8)), whole=None, carry_TC=None, key=None,
-                                 sequences=8, shards=8, train=True)
-        y_TD = mixture(config, {"w_DE": router_DE}, {}, w_in_EDGF, w_out_EFD, x_TD, context, None).y_TD
+        where = context(np.ones(TOKENS, bool), sequences=8, shards=8)
+        y_TD = mixture(config, {"w_DE": router_DE}, {}, w_in_EDGF, w_out_EFD, x_TD, where, None).y_TD
         return jnp.sum(y_TD.astype(jnp.float32))
 
     arguments = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in (
