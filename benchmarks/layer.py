@@ -21,7 +21,7 @@ from absl import app, flags
 from benchmarks.timing import alternate, machine, over, table
 from moejax import allocator
 from moejax.config import MoEConfig, fields
-from moejax.moe import blocked, experts
+from moejax.moe import blocked
 from moejax.moe.dispatch import DISPATCHERS, Sizes
 from moejax.moe.layer import mixture
 from moejax.moe.routing import resolve
@@ -96,7 +96,7 @@ def movement(config: MoEConfig, x_TD: Any, dy_TD: Any, rng: np.random.Generator)
 
 def rows_ratio(config: MoEConfig, load_E: np.ndarray) -> float:
     """Rows that are multiplied over rows that hold a token."""
-    if experts.choose_compute(config.compute) != "blocked":
+    if config.compute not in ("auto", "blocked") or jax.default_backend() != "cpu":
         return 1.0
     block = blocked.fit_block(config.block_rows, int(load_E.sum()), config.num_experts)
     return sum(blocked.rows_computed(int(size), block) for size in load_E) / load_E.sum()

@@ -57,8 +57,13 @@ def dense_feed_forward(x_ETD: Array, w_in_EDGF: Array, w_out_EFD: Array, dropout
     return jnp.einsum("etf,efd->etd", dropout(activate(h_ETGF, activation), dropout_rate, key), w_out_EFD)
 
 
-def choose_compute(compute: str) -> str:
+def choose_compute(compute: str, w_in_EDGF: Array, w_out_EFD: Array, pairs: int) -> str:
     """Resolves `auto` by backend: XLA expands ragged_dot to E times the work on CPU and GPU, and has a kernel on TPU.
+
+    Args:
+      compute: the config's.
+      w_in_EDGF, w_out_EFD: the device's weights; only their shapes and type count.
+      pairs: of tokens and experts.
 
     Raises:
       UserError: kernels of `grouped` without a GPU.
@@ -69,7 +74,11 @@ def choose_compute(compute: str) -> str:
         return compute
     if jax.default_backend() == "cpu":
         return "blocked"
-    return "triton" if cuda_capability() >= (8, 0) else "ragged_dot"
+    if cuda_capability() < (8, 0):
+        return "ragged_dot"
+    count, width, inputs, hidden = w_in_EDGF.shape
+    shapes = (count, width, inputs * hidden), w_out_EFD.shape
+    return grouped.choose([jax.ShapeDtypeStruct(shape, w_in_EDGF.dtype) for shape in shapes], pairs)
 
 
 def spare_rows(compute: str, block_rows: int) -> int:

@@ -6,7 +6,7 @@ experts took fifty times as long, and the weights' gradient wanted 138 GB. On a 
 
 from functools import partial
 from types import ModuleType
-from typing import Any
+from typing import Any, Sequence
 
 import jax
 from jax import Array
@@ -15,6 +15,8 @@ from moejax.config import check
 
 KERNELS = ("triton", "hopper")
 """`moejax.moe.grouped_triton` and `moejax.moe.grouped_hopper`: each has `rows_times`, `weights_of` and `check_fit`."""
+HOPPER_ROWS = 128
+"""Rows for each expert, on average, from which Hopper's kernels are chosen: with fewer their tiles are mostly empty."""
 
 
 def _module(kernels: str) -> ModuleType:
@@ -24,6 +26,16 @@ def _module(kernels: str) -> ModuleType:
         return grouped_hopper
     from moejax.moe import grouped_triton
     return grouped_triton
+
+
+def choose(weights: Sequence[jax.ShapeDtypeStruct], rows: int) -> str:
+    """The faster kernels that take such [E, D, F] matrices, for so many rows, on the GPU that there is.
+
+    In the layer of benchmarks/README.md `hopper` takes 0.93 of the time of `triton`.
+    """
+    if jax.__version_info__ < (0, 11) or rows < HOPPER_ROWS * weights[0].shape[0]:
+        return "triton"
+    return "triton" if any(_module("hopper").misfit(w_EDF) for w_EDF in weights) else "hopper"
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))

@@ -43,14 +43,22 @@ ALIGNED = 8
 WHOLE, NOTHING = -1, -2
 
 
+def misfit(w_EDF: Any) -> str:
+    """Why these kernels do not take such matrices here; empty if they do."""
+    tile, (_, width, columns) = Tile(), w_EDF.shape
+    if cuda_capability() != (9, 0) or jax.__version_info__ < (0, 11):
+        return "needs a Hopper GPU (H100, H200) and jax 0.11 or newer"
+    if w_EDF.dtype not in ("bfloat16", "float16"):
+        return "needs config.train.dtype=bfloat16"
+    if width % tile.columns or columns % tile.columns:
+        return f"takes matrices whose dimensions are multiples of {tile.columns}, not {width} by {columns}"
+    return ""
+
+
 def check_fit(w_EDF: Array, rows: int) -> None:
     """Raises `UserError` unless these kernels take that many rows and these matrices, here."""
-    tile, (_, width, columns) = Tile(), w_EDF.shape
-    check(cuda_capability() == (9, 0) and jax.__version_info__ >= (0, 11), "config.moe.compute=hopper needs a Hopper GPU "
-          "(H100, H200) and jax 0.11 or newer; use auto")
-    check(w_EDF.dtype in ("bfloat16", "float16"), "config.moe.compute=hopper needs config.train.dtype=bfloat16; use auto")
-    check(width % tile.columns == 0 and columns % tile.columns == 0, f"config.moe.compute=hopper takes matrices whose "
-          f"dimensions are multiples of {tile.columns}, not {width} by {columns}; use auto")
+    reason, tile = misfit(w_EDF), Tile()
+    check(not reason, f"config.moe.compute=hopper {reason}; use auto")
     check(rows % tile.rows == 0 < rows, f"config.moe.compute=hopper takes multiples of {tile.rows} rows, not {rows}")
 
 
@@ -76,7 +84,7 @@ def rows_times(x_RD: Array, w_EDF: Array, sizes_E: Array, transposed: bool, tile
     blocks = ((tile.rows, tile.depth), (tile.columns, tile.depth) if transposed else (tile.depth, tile.columns))
     at_step = (lambda k: (0, k)), (lambda k: (0, k) if transposed else (k, 0))
 
-    def kernel(expert_M, start_M, part_M, x_RD, w_EDF, y_RF, part_PRF, loads, stored):
+    def kernel(expert_M, start_M, part_M, x_RD, w_EDF, y_RF, part_PRF, loads, stored, _):
         group = jax.lax.axis_index("group")
 
         @mosaic.nd_loop((count * across,), collective_axes="processor")
@@ -117,15 +125,11 @@ def weights_of(x_RD: Array, dy_RF: Array, sizes_E: Array, tile: Tile = Tile()) -
     """Each expert's x^T dy, [E, D, F]. The dimensions must be multiples of the tile's, where `rows` parts D.
 
     Args:
-      x_RD, dy_RF: grouped by expert. Rows of other experts are multiplied by zero where they share a tile's end, so what
-        is no number there makes this expert's gradient none either.
+      x_RD, dy_RF: grouped by expert. What lies behind the groups never counts.
       sizes_E: int32.
       tile: how the work is parted.
     """
     (rows, width), columns = x_RD.shape, dy_RF.shape[1]
-    # Beyond the groups may lie what is no number, and zero times that is none either.
-    used_R1 = jnp.arange(rows)[:, None] < jnp.sum(sizes_E)
-    x_RD, dy_RF = jnp.where(used_R1, x_RD, 0), jnp.where(used_R1, dy_RF, 0)
     experts, down, across = sizes_E.shape[0], width // tile.rows, columns // tile.columns
     end_E = jnp.cumsum(sizes_E)
     start_E = end_E - sizes_E
@@ -134,7 +138,7 @@ def weights_of(x_RD: Array, dy_RF: Array, sizes_E: Array, tile: Tile = Tile()) -
     steps_E = jnp.maximum(-(-end_E // tile.depth) - first_E, 1)
     blocks = ((tile.depth, tile.rows), (tile.depth, tile.columns))
 
-    def kernel(start_E, end_E, first_E, steps_E, x_RD, dy_RF, w_EDF, loads, stored):
+    def kernel(start_E, end_E, first_E, steps_E, x_RD, dy_RF, w_EDF, loads, stored, met):
         group = jax.lax.axis_index("group")
 
         @mosaic.nd_loop((experts, down * across), collective_axes="processor")
@@ -144,14 +148,20 @@ def weights_of(x_RD: Array, dy_RF: Array, sizes_E: Array, tile: Tile = Tile()) -
             start, end, first, steps = start_E[expert], end_E[expert], first_E[expert], steps_E[expert]
 
             def multiply(k, x_smem, dy_smem, w_acc):
-                x_own = x_smem.at[:, pl.ds(group * (tile.rows // 2), tile.rows // 2)]
+                x_own, dy_half = (smem.at[:, pl.ds(group * (size // 2), size // 2)] for smem, size in (
+                    (x_smem, tile.rows), (dy_smem, tile.columns)))
 
-                @pl.when((k[0] == 0) | (k[0] == steps - 1))  # where rows of other experts may lie
+                # Where rows of other experts may lie, or what is no number: zero times that is none either. Each group
+                # clears its own half of dy, which both multiply with.
+                @pl.when((k[0] == 0) | (k[0] == steps - 1))
                 def _():
-                    row = (first + k[0]) * tile.depth + mosaic.layout_cast(
-                        jax.lax.broadcasted_iota(jnp.int32, (tile.depth, tile.rows // 2), 0), mosaic.Layout.WGMMA)
-                    x_own[...] = x_own[...] * ((row >= start) & (row < end)).astype(x_own.dtype)
+                    for part in (x_own, dy_half):
+                        row = (first + k[0]) * tile.depth + mosaic.layout_cast(
+                            jax.lax.broadcasted_iota(jnp.int32, part.shape, 0), mosaic.Layout.WGMMA)
+                        part[...] = jnp.where((row >= start) & (row < end), part[...], 0)
                     mosaic.commit_smem()
+                    mosaic.barrier_arrive(met)
+                    mosaic.barrier_wait(met)
 
                 mosaic.wgmma(w_acc, x_own.transpose((1, 0)), dy_smem)
                 mosaic.wgmma_wait(0)
@@ -251,8 +261,8 @@ def _call(kernel: Any, tile: Tile, blocks: Any, at_step: Any, shapes: tuple[tupl
             first, second = references[len(arrays) - 2:len(arrays)]
             second = second.at[0] if len(second.shape) == 3 else second  # of matrices, that of one expert
             pl.run_scoped(
-                lambda loads, stored: kernel(*references, loads, stored),
-                loads=loading.get_allocations(first, second), collective_axes="group",
+                lambda loads, stored, met: kernel(*references, loads, stored, met), collective_axes="group",
+                loads=loading.get_allocations(first, second), met=mosaic.Barrier(num_arrivals=2),
                 stored=mosaic.SMEM((2, 2, STORED, STORED), dtype, transforms=_transforms(STORED)))
             mosaic.wait_smem_to_gmem(0, wait_read_only=True)
 

@@ -115,7 +115,7 @@ def sparse(config: MoEConfig, kept: Assignments, w_in_EDGF: Array, w_out_EFD: Ar
 
     def on_device(dispatcher: Dispatcher, x_TD: Array, assignments: Assignments, w_in_EDGF: Array, w_out_EFD: Array,
                   b_in_EGF: Array | None, key: Array | None) -> Moved:
-        compute = experts.choose_compute(config.compute)
+        compute = experts.choose_compute(config.compute, w_in_EDGF, w_out_EFD, assignments.expert_N.shape[0])
         block_rows = blocked.fit_block(config.block_rows, assignments.expert_N.shape[0], w_in_EDGF.shape[0])
         plan = dispatcher.plan(assignments, Sizes(
             x_TD.shape[0], w_in_EDGF.shape[0], experts.spare_rows(compute, block_rows), experts.row_multiple(compute),

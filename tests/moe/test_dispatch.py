@@ -176,7 +176,7 @@ def layer_gradients(config, x_TD, router_parameters, w_in, w_out, where):
     ("topk", "triton", 1), ("expert_choice", "triton", 1)])
 def test_sort_equals_the_dense_oracle_in_output_and_in_every_gradient(monkeypatch, router, compute, block_rows):
     """Through the router, too, with popular experts and some that no token chooses. Kernels for GPUs are interpreted."""
-    monkeypatch.setattr(experts, "choose_compute", lambda compute: "blocked" if compute == "auto" else compute)
+    monkeypatch.setattr(experts, "choose_compute", lambda compute, *_: "blocked" if compute == "auto" else compute)
     given = inputs(6)
     x_TD, popular_E = np.abs(given.x_TD), np.linspace(2, -6, E, dtype=np.float32)
     arguments = (x_TD, {"w_DE": given.router["w_DE"] + popular_E}, given.w_in_ED2F, given.w_out_EFD,

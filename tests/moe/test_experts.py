@@ -11,7 +11,7 @@ from moe_reference import D, E, F, assert_close, config_of, context, inputs
 
 from moejax.config import UserError
 from moejax.layers.mlp import FeedForward, activate, dropout
-from moejax.moe import blocked, experts
+from moejax.moe import blocked, experts, grouped_hopper
 from moejax.moe.layer import mixture
 
 LOADS = {"empty experts": (0, 5, 0, 1, 9, 0, 0), "one takes all": (0, 0, 17, 0, 0, 0, 0), "even": (4,) * E,
@@ -121,16 +121,32 @@ def test_the_gate_is_silu_and_the_other_half_passes():
 def test_auto_goes_by_the_backend(monkeypatch, backend, capability, chosen):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     monkeypatch.setattr(experts, "cuda_capability", lambda: capability)
-    assert experts.choose_compute("auto") == chosen
+    assert experts.choose_compute("auto", *weights(), pairs=9999) == chosen
+
+
+@pytest.mark.parametrize("changes, capability, pairs, chosen", [
+    ({}, (9, 0), 384, "hopper"), ({}, (9, 0), 383, "triton"), ({}, (8, 0), 384, "triton"), ({}, (10, 0), 384, "triton"),
+    ({"width": 384}, (9, 0), 384, "triton"), ({"hidden": 640}, (9, 0), 384, "triton"),
+    ({"dtype": jnp.float32}, (9, 0), 384, "triton")])
+def test_hopper_s_kernels_are_chosen_where_they_fit(monkeypatch, changes, capability, pairs, chosen):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "__version_info__", (0, 11, 2))
+    for module in (experts, grouped_hopper):
+        monkeypatch.setattr(module, "cuda_capability", lambda: capability)
+    assert experts.choose_compute("auto", *weights(**changes), pairs) == chosen
+
+
+def weights(width=256, hidden=512, dtype=jnp.bfloat16):
+    return jnp.zeros((3, width, 2, hidden), dtype), jnp.zeros((3, hidden, width), dtype)
 
 
 def test_kernels_for_gpus_are_refused_on_a_cpu():
     with pytest.raises(UserError, match="compute=triton needs a GPU"):
-        experts.choose_compute("triton")
+        experts.choose_compute("triton", *weights(), pairs=1)
 
 
 def test_only_blocks_need_spare_rows():
-    assert experts.choose_compute("ragged_dot") == "ragged_dot"
+    assert experts.choose_compute("ragged_dot", *weights(), pairs=1) == "ragged_dot"
     assert (experts.spare_rows("blocked", 13), experts.spare_rows("ragged_dot", 13)) == (2, 0)
 
 

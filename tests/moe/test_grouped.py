@@ -87,6 +87,17 @@ def test_hopper_kernels(sizes, capfd):
     assert "RACE" not in capfd.readouterr().out
 
 
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="jax cannot interpret these kernels")
+@pytest.mark.skipif(jax.default_backend() == "gpu" and cuda_capability() != (9, 0), reason="needs a Hopper GPU")
+def test_what_is_no_number_stays_with_its_expert_in_hopper_kernels():
+    """Also where two experts' rows share a tile."""
+    sizes_E, x_RD, dy_RF = jnp.array([70, 50, 8]), jnp.ones((128, 128), jnp.bfloat16), jnp.ones((128, 256), jnp.bfloat16)
+    for x, dy in ((x_RD.at[80].set(jnp.nan), dy_RF), (x_RD, dy_RF.at[80].set(jnp.nan))):
+        dw_EDF = grouped_hopper.weights_of(x, dy, sizes_E)
+        assert np.isnan(np.asarray(dw_EDF[1], np.float32)).all()
+        assert (dw_EDF[0] == 70).all() and (dw_EDF[2] == 8).all()
+
+
 @pytest.mark.parametrize("capability, dtype, width, rows, complaint", [
     ((8, 0), jnp.bfloat16, 256, 128, "needs a Hopper GPU"),
     ((9, 0), jnp.float32, 256, 128, "needs config.train.dtype=bfloat16"),

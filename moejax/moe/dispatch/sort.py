@@ -64,7 +64,8 @@ def order(assignments: Assignments, num_experts: int) -> tuple[Array, Array, Arr
         order_N, sorted_N = sorted_N % pairs, sorted_N // pairs
     else:
         sorted_N, order_N = jax.lax.sort((expert_N, pair_N), num_keys=1, is_stable=True)
-    first_E = jnp.searchsorted(sorted_N, jnp.arange(num_experts + 1)).astype(jnp.int32)
+    # Unrolled, for a loop's steps are waited for on a GPU.
+    first_E = jnp.searchsorted(sorted_N, jnp.arange(num_experts + 1), method="scan_unrolled").astype(jnp.int32)
     return jnp.zeros_like(pair_N).at[order_N].set(pair_N, unique_indices=True), expert_N, first_E
 
 
