@@ -4,7 +4,8 @@
 
 What follows `--` goes to `python -m moejax.main` in every process. Shown are the stdout of process 0, and the stderr of all
 with the number of the process before each line. SIGINT and SIGTERM go to all processes. If one of them fails, the others
-are ended, and its exit status is that of this command.
+are ended, and its exit status is that of this command; unless --restarts=N lets all begin again up to N times, which go on
+from the last checkpoint. Wrong input and interrupts are not tried again.
 """
 
 import argparse
@@ -17,6 +18,8 @@ import threading
 import time
 from typing import IO, Sequence
 
+FINAL = (0, 2, 130)
+"""Done, wrong input, interrupted."""
 GRACE_SECONDS = 5
 """What the others have, when one has failed, to end by themselves."""
 
@@ -26,24 +29,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, default=2, help="how many")
     parser.add_argument("--devices", type=int, default=4, help="simulated devices of each process")
+    parser.add_argument("--restarts", type=int, default=0, help="times to begin again when a process has failed")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="-- ARGUMENT", help="for moejax.main")
     options = parser.parse_args(argv)
     if min(options.processes, options.devices) < 1:
         parser.error("--processes and --devices must be at least 1")
     arguments = options.arguments[1:] if options.arguments[:1] == ["--"] else options.arguments
 
-    coordinator = f"localhost:{free_port()}"
-    started = []
+    started, asked = [], []
 
     def forward(number: int, frame: object) -> None:
+        asked.append(number)
         for process in started:
             process.send_signal(number)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, forward)
-    for index in range(options.processes):
-        started.append(start(index, options.devices, [
-            *arguments, f"--coordinator={coordinator}", f"--num_processes={options.processes}", f"--process_id={index}"]))
+    left = options.restarts
+    while True:
+        started.clear()
+        status = run(started, options.processes, options.devices, arguments)
+        if status in FINAL or asked or left <= 0:
+            return status
+        left -= 1
+        print(f"launch: beginning again ({left} more times at most)", file=sys.stderr, flush=True)
+
+
+def run(started: list[subprocess.Popen], processes: int, devices: int, arguments: Sequence[str]) -> int:
+    """Starts all processes, shows what they say, and waits for them. Returns the exit status."""
+    coordinator = f"localhost:{free_port()}"
+    for index in range(processes):
+        started.append(start(index, devices, [
+            *arguments, f"--coordinator={coordinator}", f"--num_processes={processes}", f"--process_id={index}"]))
     readers = [threading.Thread(target=show, args=(process.stderr, sys.stderr, f"[{index}] "))
                for index, process in enumerate(started)]
     readers.append(threading.Thread(target=show, args=(started[0].stdout, sys.stdout)))
@@ -83,7 +100,10 @@ def wait(started: Sequence[subprocess.Popen]) -> int:
     status, deadline = 0, float("inf")
     while None in (ended := [process.poll() for process in started]):
         if not status and any(ended):
-            status, deadline = next(filter(None, ended)), time.monotonic() + GRACE_SECONDS
+            index, status = next((index, status) for index, status in enumerate(ended) if status)
+            deadline = time.monotonic() + GRACE_SECONDS
+            how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"failed with exit status {status}"
+            print(f"launch: process {index} {how}; ending the others", file=sys.stderr, flush=True)
         if time.monotonic() > deadline:
             for process in started:
                 process.kill()

@@ -31,7 +31,11 @@ from moejax.models import transformer
 from moejax.task import PAIRS, Task, window_of
 from moejax.train import benchmark as timing
 from moejax.train import loop
+from moejax.train import replay as replaying
 from moejax.train.setup import set_up
+
+SAMPLE_TOKENS = 64
+"""New tokens of the sample at the end of a run."""
 
 
 def train(config: Config, workdir: Path) -> None:
@@ -182,6 +186,15 @@ def shardings(config: Config) -> None:
         + " x ".join(f"{name}={size}" for name, size in setup.mesh.shape.items()))
 
 
+def replay(config: Config | None, workdir: Path, step: int) -> None:
+    """Does a step of a run over again and prints what was wrong with it."""
+    with processes.same_fate():
+        config = config_of_run(config, workdir)
+    for line in replaying.replay(config, workdir, step):
+        if jax.process_index() == 0:
+            print(line, flush=True)
+
+
 def benchmark(config: Config) -> None:
     """Times the train step and prints the result, one JSON object."""
     say(json.dumps(timing.benchmark(config)))
@@ -223,7 +236,7 @@ def sample(config: Config, finished: loop.Finished) -> str:
         variables, mesh = jax.device_put(variables, jax.local_devices()[0]), None
     try:
         text, = continuations(finished.model, variables, mesh, finished.prepared.tokenizer, transformer.resolve(config),
-                              [prompt], max_new_tokens=config.train.sample_tokens, temperature=0.8, seed=config.seed)
+                              [prompt], max_new_tokens=SAMPLE_TOKENS, temperature=0.8, seed=config.seed)
     except UserError as error:  # the run itself is done and well
         return f"no sample: {error}"
     return f"sample: {prompt}|{text}"

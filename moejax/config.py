@@ -125,8 +125,8 @@ class MoEConfig:
     block_rows: int = key(384, "rows of one block in the blocked grouped matmul", low=1, free=True)
 
 
-MOVED_TO_TASK = {"label_smoothing", "head_z_weight"}
-"""Keys of config.train in a config.json of an earlier version that are options of config.data.task now."""
+NO_LONGER_IN_TRAIN = {"label_smoothing", "head_z_weight", "sample_tokens"}
+"""Keys of config.train in a config.json of an earlier version: options of config.data.task now, and one that is gone."""
 ROUTED = tuple(field.name for field in dataclasses.fields(MoEConfig) if "fallback" in field.metadata)
 """Keys that are left to the router."""
 
@@ -204,7 +204,8 @@ class TrainConfig:
     finetune: Any = key(None, "how a trained model is trained on: what moves and how fast, adapters, when to stop, options "
                         "by name; python -m moejax.finetune lists them")
     sample_prompt: str = key("", "prompt of the text that is sampled when training ends; empty samples none", free=True)
-    sample_tokens: int = key(64, "new tokens of that sample", low=1, free=True)
+    faults: Any = key(None, "what becomes of steps whose loss is not finite or jumps, and of a run that a signal ends, options "
+                      "by name; python -m moejax.faults lists them")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -327,9 +328,10 @@ def build(tree: Mapping[str, Any]) -> Config:
       UserError: an unknown key, a value of the wrong type or out of range, or values that cannot work together.
     """
     tree = tree.to_dict() if isinstance(tree, ConfigDict) else dict(tree)
-    for name in set(tree.get("train", {})) & MOVED_TO_TASK:
+    for name in set(tree.get("train", {})) & NO_LONGER_IN_TRAIN:
         train, data = dict(tree["train"]), dict(tree.get("data", {}))
-        data["task"] = {name: train.pop(name), **(data.get("task") or {})}
+        value = train.pop(name)
+        data["task"] = ({} if name == "sample_tokens" else {name: value}) | (data.get("task") or {})
         tree |= {"train": train, "data": data}
     return build_group(Config, tree, "config")
 

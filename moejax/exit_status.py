@@ -1,11 +1,15 @@
-"""How every command ends: 0 done, 2 wrong input, 130 interrupted."""
+"""How every command ends: 0 done, 1 a run that failed, 2 wrong input, 130 interrupted."""
 
 import sys
 from collections.abc import Callable
 
 from moejax.config import UserError
 
-WRONG_INPUT, INTERRUPTED = 2, 130  # the latter as shells have it
+FAILED, WRONG_INPUT, INTERRUPTED = 1, 2, 130  # the latter as shells have it
+
+
+class RunFailed(Exception):
+    """A run that cannot go on, in one line."""
 
 
 def exit_status(work: Callable[[], None], interrupted: str) -> int:
@@ -21,6 +25,9 @@ def exit_status(work: Callable[[], None], interrupted: str) -> int:
         if message := " ".join(str(error).split("\n")):  # else another process says it
             print("moejax:", message, file=sys.stderr)
         return WRONG_INPUT
+    except RunFailed as error:
+        print("moejax:", error, file=sys.stderr)
+        return FAILED
     except KeyboardInterrupt:
         print("moejax: interrupted;", interrupted, file=sys.stderr)
         return INTERRUPTED

@@ -19,9 +19,10 @@ from moejax import config as config_lib
 from moejax.config import Config, UserError, check, nearest
 from moejax.exit_status import INTERRUPTED, exit_status
 
-MODES = ("train", "eval", "generate", "benchmark", "shardings")
+MODES = ("train", "eval", "generate", "replay", "benchmark", "shardings")
 CONFIG_PREFIX = "config."
-OPTIONS_PREFIXES = ("config.moe.options.", "config.model.architecture.", "config.data.task.", "config.train.finetune.")
+OPTIONS_PREFIXES = ("config.moe.options.", "config.model.architecture.", "config.data.task.", "config.train.finetune.",
+                    "config.train.faults.")
 
 HELP = """\
 usage: python -m moejax.main --config=FILE[:ARGUMENT] --workdir=DIR [--mode=MODE] [--config.KEY=VALUE ...] [FLAG ...]
@@ -33,11 +34,13 @@ is the config.json of a workdir.
 moejax.moe.routing lists the routers, python -m moejax.moe.routing NAME what one of them sets
 --config.data.task.objective=NAME takes another objective: python -m moejax.task lists them and their options
 --config.train.init_from=DIR starts from another run: python -m moejax.finetune lists options of what moves then
+--config.train.faults.NAME=VALUE says what becomes of steps whose loss is no number: python -m moejax.faults lists them
 
 modes
   train      (the default) train, or go on if DIR holds a run; Ctrl-C saves, and the same command goes on
   eval       evaluate a checkpoint on the held-out text; needs no --config
   generate   continue a --prompt; needs no --config
+  replay     do one --step of a run over again and say what of it was no finite number; writes nothing, needs no --config
   benchmark  time the train step; prints one JSON object; needs no --workdir
   shardings  print how every parameter would lie on the mesh, with bytes on a device; needs no --workdir
 
@@ -71,7 +74,8 @@ def define_flags(options: Sequence[str] = ()) -> flags.FlagValues:
     flags.DEFINE_string("config", None, "FILE[:ARGUMENT], e.g. experiments/tiny.py", flag_values=values)
     flags.DEFINE_string("workdir", None, "folder of the run: config, data, metrics, checkpoints", flag_values=values)
     flags.DEFINE_enum("mode", "train", MODES, "what to do", flag_values=values)
-    flags.DEFINE_integer("step", None, "eval, generate: which checkpoint; the newest by default", flag_values=values)
+    flags.DEFINE_integer("step", None, "eval, generate: which checkpoint; the newest by default. replay: "
+                         "which step", flag_values=values)
     flags.DEFINE_multi_string("prompt", [], "generate: a prompt; may be given several times. A model of pairs takes a "
                               "whole input, as its template has it", flag_values=values)
     flags.DEFINE_integer("answers", None, "eval of a model of pairs: held-out inputs that it answers and is scored "
@@ -248,14 +252,31 @@ def make_config(values: flags.FlagValues, workdir: Path | None) -> Config | None
 def run(values: flags.FlagValues) -> None:
     """Carries out --mode. What imports jax takes seconds, so it is imported when the flags are known to be good."""
     mode = values.mode
-    check(values.config is not None or mode in ("eval", "generate"),
+    check(values.config is not None or mode in ("eval", "generate", "replay"),
           f"--mode={mode} needs --config=FILE, e.g. --config=experiments/tiny.py")
     check(bool(values.workdir) or mode in ("benchmark", "shardings"), f"--mode={mode} needs --workdir=DIR")
     check(bool(values.prompt) or mode != "generate", '--mode=generate needs --prompt="..."')
     workdir = Path(os.path.expanduser(values.workdir)) if values.workdir else None
     config = make_config(values, workdir)
-    from moejax import processes
+    from moejax import peers, processes
     processes.start(values.coordinator, values.num_processes, values.process_id, values.coordinator_timeout)
+    where = peers.client(), *processes.place()
+    peers.check_alike(settings_of(values, config), *where)
+    with peers.watched(*where):
+        carry_out(values, config, workdir)
+
+
+def settings_of(values: flags.FlagValues, config: Config | None) -> dict[str, Any]:
+    """What all processes of a run must have in common: flags but that for their number, and the resolved keys."""
+    given = {f"--{name}": values[name].value for name in ("mode", "workdir", "step", "prompt", "max_new_tokens", "temperature",
+                                                          "top_k", "top_p", "seed", "beams", "answers")}
+    keys = {} if config is None else config_lib.flatten(config_lib.to_dict(config), "config.")
+    return given | keys
+
+
+def carry_out(values: flags.FlagValues, config: Config | None, workdir: Path | None) -> None:
+    """One mode."""
+    mode = values.mode
     if mode == "train":
         from moejax.commands import train
         train(config, workdir)
@@ -265,6 +286,10 @@ def run(values: flags.FlagValues) -> None:
                                                                  "length_penalty": values.length_penalty}
         check(values.answers is None or values.answers >= 0, f"--answers={values.answers} must not be negative")
         evaluate(config, workdir, values.step, values.answers, max_new_tokens=values.max_new_tokens, **how)
+    elif mode == "replay":
+        check(values.step is not None, "--mode=replay needs --step=N, the step to do over again")
+        from moejax.commands import replay
+        replay(config, workdir, values.step)
     elif mode == "generate":
         from moejax.commands import generate
         how = {name: values[name].value for name in ("temperature", "top_k", "top_p", "repetition_penalty", "seed")}

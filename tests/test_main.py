@@ -86,7 +86,7 @@ def refuse(capfd, *arguments: str) -> str:
     (("--mode=eval",), "--mode=eval needs --workdir=DIR"),
     (("--mode=generate", "--prompt=a"), "--mode=generate needs --workdir=DIR"),
     (("--mode=generate", "--workdir=w"), '--mode=generate needs --prompt="..."'),
-    (("--mode=trian",), "--mode=trian: value should be one of <train|eval|generate|benchmark|shardings>"),
+    (("--mode=trian",), "--mode=trian: value should be one of <train|eval|generate|replay|benchmark|shardings>"),
     (("--worksdir=w",), "unknown flag --worksdir (did you mean workdir?); python -m moejax.main --help"),
     (("--config=c.py", "w"), "unexpected argument 'w'"),
     (("--step=last",), "--step=last: must be an integer"),

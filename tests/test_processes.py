@@ -35,7 +35,7 @@ def get_config():
     c.moe.update(dict(num_experts=4, experts_per_token=2, ffn=12, bias_rate=0.01, block_rows=16))
     c.data.update(dict(source="corpus.jsonl", tokenizer="bytes", length=16, batch_size=16, eval_fraction=0.2))
     c.train.update(dict(steps=12, checkpoint_every=3, keep=9, eval_every=100, eval_batches=1, log_every=1,
-                        sample_prompt="", sample_tokens=4))
+                        sample_prompt=""))
     return c
 """
 MEETING = """\

@@ -6,13 +6,15 @@ import pathlib
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
-LEAVES = {"axes", "architecture", "config", "exit_status", "finetune", "matrices", "moe.types", "task"}
+LEAVES = {"axes", "architecture", "config", "exit_status", "faults", "finetune", "matrices", "moe.types", "task"}
 MAY_IMPORT = {
     "axes": set(),
     "architecture": set(),
     "task": set(),
     "exit_status": set(),
+    "faults": set(),
     "finetune": set(),
+    "peers": set(),
     "matrices": set(),
     "allocator": set(),
     "compiler_options": set(),
@@ -57,7 +59,7 @@ MAY_IMPORT = {
     "commands": {"processes", "sharding", "checkpoint", "data", "evaluation", "generation", "metrics", "models", "train"},
     "compress": {"checkpoint", "data", "evaluation", "models", "train"},
     "harness": {"data", "evaluation", "generation", "models"},
-    "main": {"allocator", "commands", "processes"},
+    "main": {"allocator", "commands", "peers", "processes"},
     "moejax": {"evaluation", "generation", "hf"},
 }
 """Room -> rooms that it may import, beside itself and the leaves, which all may import."""

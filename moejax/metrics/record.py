@@ -1,6 +1,7 @@
 """Records of a run: one JSON object a line in metrics.jsonl, and the same numbers for TensorBoard."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any, Sequence
 
@@ -80,7 +81,7 @@ class Recorder:
     def write(self, record: dict[str, Any]) -> None:
         """Adds one record; it must hold `step` and `split`."""
         with self._path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(json.dumps(record := finite(record), allow_nan=False) + "\n")
         for name, value in record.items():
             if isinstance(value, list) and all(isinstance(entry, (int, float)) for entry in value):
                 for layer, entry in enumerate(value):
@@ -92,6 +93,15 @@ class Recorder:
     def close(self) -> None:
         """Closes the event file."""
         self._events.close()
+
+
+def finite(value: Any) -> Any:
+    """None in place of numbers that JSON does not have, in dicts and lists too."""
+    if isinstance(value, dict):
+        return {name: finite(inner) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read(workdir: Path) -> list[dict[str, Any]]:

@@ -100,6 +100,10 @@ def passes_blocks(moe: MoEConfig) -> bool:
     return routing.get_router(moe.router).level == "block"
 
 
+FINITE = "finite"
+"""The collection in which it is found whether all numbers that a block gave are finite, if it is asked for as mutable."""
+
+
 class Run(nn.Module):
     """One repeat of a stack: its blocks in order, with the state, loads and caches of this repeat."""
 
@@ -125,6 +129,7 @@ class Run(nn.Module):
                 block = nn.remat(block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
             x_BLD, carry_TC, record, cache = block(*settings, name=name)(
                 x_BLD, carry_TC, states.get(name, {}), wholes.get(name), caches.get(name), *shared)
+            self.sow(FINITE, f"after_{name}", jnp.all(jnp.isfinite(x_BLD)))
             if record is not None:
                 records[name] = record
             if cache is not None:

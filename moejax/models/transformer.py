@@ -11,7 +11,7 @@ from flax import struct
 from jax import Array
 from jax.sharding import PartitionSpec
 
-from moejax import axes, finetune, sharding, task
+from moejax import axes, faults, finetune, sharding, task
 from moejax.architecture import Architecture
 from moejax.config import Config, ModelConfig, MoEConfig, build_group, check
 from moejax.layers.attention import Cache, Encoded
@@ -20,7 +20,7 @@ from moejax.layers.mlp import PLAIN_ONES
 from moejax.layers.norm import make_norm
 from moejax.layers.pool import Pooled
 from moejax.layers.relative import RelativeBias
-from moejax.models.blocks import Run, passes_blocks
+from moejax.models.blocks import FINITE, Run, passes_blocks
 from moejax.models.sight import distances, look
 from moejax.models.stacks import ENCODER, Stack, Trunk, plan_stacks, trunk_stacks, trunks
 from moejax.moe import routing
@@ -150,8 +150,8 @@ class Transformer(nn.Module):
             per_layer = (router_state.get(name, {}), (wholes or {}).get(name, {}), (cache or {}).get(name, {}))
             if self.scan or self.is_initializing():
                 run = nn.scan(
-                    Run, variable_axes={"params": 0, DECISIONS: 0, INPUTS: 0}, split_rngs={"params": True, "dropout": True},
-                    length=stack.repeats, in_axes=(0, *(nn.broadcast,) * len(shared)),
+                    Run, variable_axes={"params": 0, DECISIONS: 0, INPUTS: 0, FINITE: 0}, length=stack.repeats,
+                    split_rngs={"params": True, "dropout": True}, in_axes=(0, *(nn.broadcast,) * len(shared)),
                     metadata_params={nn.PARTITION_NAME: "layers"})
                 stream, (stack_records, stack_cache) = run(
                     model, self.moe, stack.kinds, self.dtype, self.remat, name=name)(stream, per_layer, *shared)
@@ -197,7 +197,8 @@ def resolve(config: Config) -> Config:
     """
     moe = routing.resolve(config.moe)
     data = dataclasses.replace(config.data, task=task.resolve(config.data.task, config.model))
-    train = dataclasses.replace(config.train, finetune=finetune.resolve(config.train.finetune, data.task.metrics))
+    train = dataclasses.replace(config.train, finetune=finetune.resolve(config.train.finetune, data.task.metrics),
+                                faults=faults.resolve(config.train.faults))
     config = dataclasses.replace(config, moe=moe, model=resolve_model(config.model), data=data, train=train)
     objective, kind = task.OBJECTIVES[data.task.objective], config.model.kind
     check(kind in objective.kinds and config.model.head in (objective.head, "none"), "config.data.task.objective="

@@ -1,10 +1,12 @@
 """The training run: continue or start, step, record, evaluate, save."""
 
 import contextlib
+import math
 import os
 import signal
 import sys
 import time
+from collections import deque
 from pathlib import Path
 from typing import Any, Callable, Iterator, NamedTuple
 
@@ -21,6 +23,7 @@ from moejax.data.rows import make_rows
 from moejax.evaluation.labels import label_metrics
 from moejax.evaluation.load import load_sharded, model_of
 from moejax.evaluation.perplexity import bits_per_byte, evaluate
+from moejax.exit_status import INTERRUPTED, RunFailed
 from moejax.finetune import Finetune
 from moejax.metrics.record import Recorder, loss_summary, routing_summary, total_records
 from moejax.models.adapters import ADAPTERS
@@ -29,6 +32,8 @@ from moejax.models.transformer import Transformer, in_head, in_order
 from moejax.sharding import flat
 from moejax.train.benchmark import matmul_ceiling
 from moejax.train.best import Best
+from moejax.train.diagnosis import first_unsound
+from moejax.train.health import LAG, Watch
 from moejax.train.progress import Progress, duration
 from moejax.train.setup import Setup, check_trainable, describe, set_up
 from moejax.train.state import TrainState
@@ -79,7 +84,7 @@ def train(config: Config, workdir: Path) -> Finished:
     tuning = setup.config.train.finetune
     store = Store(workdir, config.train.keep, metric=tuning.metric, lower=tuning.lower)
     try:
-        with jax.set_mesh(setup.mesh), stop_on_signal() as stop_requested:
+        with jax.set_mesh(setup.mesh), stop_on_signal(setup.config.train.faults.save_on_preemption) as stop_requested:
             taught = with_teacher(setup.config, setup.mesh, workdir)
             return _run(setup, prepared, store, recorder, stop_requested, taught)
     finally:
@@ -128,20 +133,22 @@ def _run(setup: Setup, prepared: Prepared, store: Store, recorder: Recorder | No
     loader = train_loader(make_rows(prepared.train, prepared.tokenizer, config), config,
                           setup.rows(config.data.batch_size))
     agree = processes.agree_by_step()
-    state, step, best = start(setup, store, loader)
+    state, step, best, watch = start(setup, store, loader)
+    latest: deque[Any] = deque(maxlen=LAG + 1)
     progress = Progress(step, options.steps, quiet=recorder is None)
     ended = best.exhausted(tuning)
     if step:
         progress.say(f"continuing at step {step}" + ("; all steps are done" if step >= options.steps or ended else ""))
     meter = Meter(setup)
-    evaluation, stopped = None, False
+    evaluation, stopped, failed = None, False, False
     if step < options.steps and not ended:
         progress.say("compiling the train step ...")
-    while step < options.steps and not stopped and not ended:
-        batch = taught(setup.put(next(loader)))
-        state, means, records = setup.train_step(state, batch)
+    while step < options.steps and not (stopped or ended or failed):
+        latest.append(taught(setup.put(next(loader))))
+        state, means, records = setup.train_step(state, latest[-1], *watch.limit())
         step += 1
         meter.add(means, records)
+        watch.add(means)
         stopped = agree(stop_requested())
         last = step == options.steps
         progress.step(step)
@@ -150,6 +157,8 @@ def _run(setup: Setup, prepared: Prepared, store: Store, recorder: Recorder | No
             if recorder:
                 recorder.write(record)
             progress.record(record)
+            watch.read()
+        failed = watch.exhausted()
         if step % options.eval_every == 0 or last:
             with meter.paused():
                 evaluation = run_evaluation(setup, prepared, state.params, state.router_state, step)
@@ -159,18 +168,22 @@ def _run(setup: Setup, prepared: Prepared, store: Store, recorder: Recorder | No
             best = best.after(tuning, evaluation)
             ended = best.exhausted(tuning)
         improved = best.step == step and tuning.patience is not None
-        if step % options.checkpoint_every == 0 or last or stopped or ended or improved:
+        if step % options.checkpoint_every == 0 or last or stopped or ended or failed or improved:
             with meter.paused():
                 # Where the best is always saved, one that is as good must not take its place.
                 fresh = improved or (tuning.patience is None and evaluation is not None and evaluation["step"] == step)
                 store.save(step, items(state), {"loader": loader.get_state(), "content": prepared.content,
-                                                "best": best._asdict()},
+                                                "best": best._asdict(), "watch": watch.saved()},
                            evaluation.get(tuning.metric) if fresh else None)
     if ended and not stopped:
         progress.say(f"{best.said(tuning)}, and none better in {best.since} evaluations after it: done")
     if tuning.patience is not None and best.step not in (None, step) and not stopped:
         progress.say(f"{best.said(tuning)}; --step={best.step} takes it")
     progress.close()
+    if failed:
+        back = watch.since_skipped()
+        reason = first_unsound(config, setup.examine(state, latest[-1 - back], np.int32(back + 1)))
+        raise RunFailed(gave_up(step - back, watch.health.in_row, reason))
     if evaluation is None and not stopped:
         evaluation = run_evaluation(setup, prepared, state.params, state.router_state, step)
         progress.say(evaluation_line(evaluation))
@@ -185,20 +198,33 @@ def items(state: TrainState) -> dict[str, Any]:
             "training": {"step": state.step, "opt_state": state.opt_state, "key": state.key}}
 
 
-def start(setup: Setup, store: Store, loader: Any) -> tuple[TrainState, int, Best]:
-    """State, step and best evaluation to go on from, with the loader moved to its place: a checkpoint's, or fresh ones."""
-    if not store.steps():
+def gave_up(step: int, in_row: int, reason: str) -> str:
+    """What to say of a run that ends because of steps that were skipped."""
+    return (f"step {step}: {in_row} steps in a row were skipped, the last because {reason}; --mode=replay --step={step} "
+            "shows it with its batch. A lower config.optimizer.learning_rate or other data may help; with "
+            "--config.train.faults.max_skipped=None the same command goes on")
+
+
+def start(setup: Setup, store: Store, loader: Any, before: float = math.inf) -> tuple[TrainState, int, Best, Watch]:
+    """What to go on from, with the loader moved to its place.
+
+    Returns:
+      State, step, best evaluation and health of the newest checkpoint before a step, or fresh ones if there is none.
+    """
+    faults, steps = setup.config.train.faults, [step for step in store.steps() if step < before]
+    if not steps:
         fresh, nothing = setup.initialise(), best_of({}, setup.config.train.finetune)
         if setup.config.train.init_from is None:
-            return fresh, 0, nothing
+            return fresh, 0, nothing, Watch(faults)
         with processes.same_fate():
             given = initial_variables(setup, {"params": fresh.params, "router": fresh.router_state})
-        return fresh.replace(params=given["params"], router_state=given["router"]), 0, nothing
-    restored = store.restore(place(items(setup.shapes), items(setup.shardings)))
+        return fresh.replace(params=given["params"], router_state=given["router"]), 0, nothing, Watch(faults)
+    restored = store.restore(place(items(setup.shapes), items(setup.shardings)), steps[-1])
     loader.set_state(restored.data["loader"])
     model, training = restored.items["model"], restored.items["training"]
     return TrainState(training["step"], model["params"], training["opt_state"], model["router"],
-                      training["key"]), restored.step, best_of(restored.data, setup.config.train.finetune)
+                      training["key"]), restored.step, best_of(restored.data, setup.config.train.finetune), Watch(
+                          faults, restored.data.get("watch"))
 
 
 def best_of(data: dict[str, Any], options: Finetune) -> Best:
@@ -295,26 +321,33 @@ class Meter:
         self._since += time.monotonic() - begin
 
     def take(self) -> dict[str, Any]:
-        """Means over the steps since the last call, and speed; waits for the device."""
+        """Means over the steps since the last call, how many of them were skipped, and speed; waits for the device."""
         collected = jax.device_get([(means, in_order(records)) for means, records in self._collected])
         now = time.monotonic()
         config = self._setup.config
         rate = self._timed * config.data.batch_size * sum(row_lengths(config)) / (now - self._since)
         self._collected, self._timed, self._since = [], 0, now
-        layers = total_records([records for _, records in collected])
-        means = {name: float(np.mean([means[name] for means, _ in collected])) for name in collected[0][0]}
+        # Skipped steps may hold what is no number, so they count only if there are no others.
+        counted = [one for one in collected if not one[0]["skipped"]] or collected
+        layers = total_records([records for _, records in counted])
+        means = {name: float(np.mean([means[name] for means, _ in counted])) for name in counted[0][0]}
+        means["skipped"] = sum(int(means["skipped"]) for means, _ in collected)
         return means | loss_summary(layers) | routing_summary(layers) | {
             "tokens_per_second": rate, "utilisation": rate * training_flops(config) / self._ceiling}
 
 
 @contextlib.contextmanager
-def stop_on_signal() -> Iterator[Callable[[], bool]]:
-    """Inside, a first SIGINT or SIGTERM only sets a flag, which the function given tells; a second one interrupts."""
+def stop_on_signal(saves: bool = True) -> Iterator[Callable[[], bool]]:
+    """Inside, a first SIGINT or SIGTERM only sets a flag, which the function given tells; a second one ends the process.
+
+    So does the first one if there is nothing to save.
+    """
     seen: list[int] = []
 
     def handle(number: int, frame: Any) -> None:
-        if seen:
-            raise KeyboardInterrupt
+        if seen or not saves:
+            os.write(sys.stderr.fileno(), b"moejax: ended at once; the same command goes on from the last checkpoint\n")
+            os._exit(INTERRUPTED)  # an exception would wait for the device, and for what is being saved
         seen.append(number)
         os.write(sys.stderr.fileno(), b"moejax: stopping after this step and saving; once more stops at once\n")
 

@@ -1,5 +1,6 @@
 """From a config to everything that a run computes with: mesh, model, optimizer, jitted steps."""
 
+import dataclasses
 import math
 from functools import partial
 from typing import Any, Callable, Mapping, NamedTuple, Sequence
@@ -15,11 +16,13 @@ from moejax import axes, compiler_options, sharding
 from moejax.config import Config, check
 from moejax.evaluation.perplexity import make_eval_step
 from moejax.models import adapters, count, transformer
+from moejax.models.blocks import FINITE
 from moejax.moe.routing import get_router
 from moejax.objectives.chunked import over_chunks
 from moejax.objectives.classes import classification, multi_label, regression
 from moejax.objectives.cross_entropy import cross_entropy
 from moejax.objectives.distillation import distillation
+from moejax.train.diagnosis import Findings, examine
 from moejax.train.moving import Moving, join, moving
 from moejax.train.optimizer import make_optimizer
 from moejax.train.state import TrainState, initialise, state_shardings
@@ -42,6 +45,7 @@ class Setup(NamedTuple):
       plain: parameters of a state -> those of the model, adapters added.
       train_step: (state, batch) -> (state, scalars, records); jitted, consumes the state.
       eval_step: (params, router_state, batch) -> (sums, records, scores); jitted. Scores of classes, or None.
+      examine: (state, batch) -> what was not finite in a step from there; jitted.
       rows: size of a global batch -> the rows of it that this process feeds.
       put: these rows as numpy arrays -> the global batch on the mesh.
     """
@@ -59,6 +63,7 @@ class Setup(NamedTuple):
     plain: Callable[[Any], Any]
     train_step: Callable[[TrainState, Mapping[str, Array]], tuple[TrainState, dict[str, Array], Any]]
     eval_step: Callable[..., tuple[dict[str, Array], Any, Any]]
+    examine: Callable[[TrainState, Mapping[str, Array]], Findings]
     rows: Callable[[int], np.ndarray]
     put: Callable[[Mapping[str, np.ndarray]], dict[str, Array]]
 
@@ -108,6 +113,8 @@ def set_up(config: Config, devices: Sequence[jax.Device] | None = None) -> Setup
         train_step=step,
         eval_step=make_eval_step(functions.forward, functions.objective, everywhere, compiling,
                                  with_scores=config.data.task.head == "classes"),
+        examine=jax.jit(partial(examine, functions, make_outputs(config, own_logical), config.train.microbatches),
+                        out_shardings=everywhere, compiler_options=compiling),
         rows=partial(sharding.batch_rows, mesh),
         put=partial(sharding.put_batch, mesh))
 
@@ -161,6 +168,18 @@ def make_functions(config: Config, model: transformer.Transformer, chosen: Movin
         wholes=transformer.statistics_of if sparse and router.needs_whole(config.moe) else None,
         update_router=partial(transformer.update_router_state, config.moe),
         loss_weights=router.loss_weights(config.moe) if sparse else {})
+
+
+def make_outputs(config: Config, logical: Any) -> Callable[..., Any]:
+    """The function that tells which blocks give finite numbers, see `examine`; arguments are those of `make_functions`."""
+    # Only a scan keeps what its blocks tell.
+    model = transformer.build(dataclasses.replace(config, train=dataclasses.replace(config.train, scan_layers=True)))
+
+    def outputs(params: Any, router_state: Any, batch: Mapping[str, Array], key: Array, totals: Any) -> Any:
+        params = adapters.merge(logical, config.train.finetune, params)
+        return transformer.apply_batch(model, params, router_state, batch, train=True, totals=totals,
+                                       rngs={"dropout": key}, mutable=[FINITE])[1][FINITE]
+    return outputs
 
 
 def check_trainable(config: Config) -> None:

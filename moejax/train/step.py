@@ -1,5 +1,6 @@
 """One optimizer step as a pure function. The model, the objective and the router update arrive as functions."""
 
+import math
 from typing import Any, Callable, Mapping, NamedTuple
 
 import jax
@@ -99,8 +100,8 @@ def gradients(functions: Functions, state: TrainState, batch: Batch, parts: int)
 
 
 def train_step(functions: Functions, optimizer: optax.GradientTransformation, parts: int, state: TrainState,
-               batch: Batch) -> tuple[TrainState, dict[str, Array], Any]:
-    """One optimizer step.
+               batch: Batch, limit: Array | float = math.inf) -> tuple[TrainState, dict[str, Array], Any]:
+    """One optimizer step, which changes nothing but its number if the loss or a gradient is not finite.
 
     Args:
       functions: model, objective, router update.
@@ -108,17 +109,23 @@ def train_step(functions: Functions, optimizer: optax.GradientTransformation, pa
       parts: micro-batches.
       state: is consumed if jitted with donation.
       batch: global.
+      limit: of the loss, above which the step changes nothing either.
 
     Returns:
-      The new state, scalars to report, and the layer records of the batch, without statistics.
+      The new state; scalars to report, `skipped` among them, 1 if it is the old one; and the layer records of the batch,
+      without statistics.
     """
     grads, means, records = gradients(functions, state, batch, parts)
+    norm = global_norm(grads)  # not finite if any gradient is not
+    sound = jnp.isfinite(means["loss"]) & jnp.isfinite(norm) & (means["loss"] <= limit)
     moving, still = functions.split(state.params)
     updates, opt_state = optimizer.update(grads, state.opt_state, moving)
-    params = functions.join(optax.apply_updates(moving, updates), still)
-    new = TrainState(step=state.step + 1, params=params, opt_state=opt_state,
-                     router_state=functions.update_router(state.router_state, records), key=state.key)
+    changed = optax.apply_updates(moving, updates), opt_state, functions.update_router(state.router_state, records)
+    moving, opt_state, router_state = jax.tree.map(
+        lambda new, old: jnp.where(sound, new, old), changed, (moving, state.opt_state, state.router_state))
+    new = TrainState(step=state.step + 1, params=functions.join(moving, still), opt_state=opt_state,
+                     router_state=router_state, key=state.key)
     # The statistics have done their work, and some routers' are large.
     told = jax.tree.map(lambda record: record.replace(statistics={}), records,
                         is_leaf=lambda node: isinstance(node, LayerRecord))
-    return new, means | {"gradient_norm": global_norm(grads)}, told
+    return new, means | {"gradient_norm": norm, "skipped": 1 - sound.astype(jnp.float32)}, told
