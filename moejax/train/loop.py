@@ -81,7 +81,13 @@ def train(config: Config, workdir: Path) -> Finished:
     try:
         with jax.set_mesh(setup.mesh), stop_on_signal() as stop_requested:
             taught = with_teacher(setup.config, setup.mesh, workdir)
-            return _run(setup, prepared, store, recorder, stop_requested, taught)
+            finished = _run(setup, prepared, store, recorder, stop_requested, taught)
+        store.close()
+        with processes.same_fate():
+            check(store.failure is None, f"{store.folder}: step {finished.step} is reached, but its checkpoint could not "
+                  f"be written ({store.failure and store.failure.reason}); make room there, and the same command goes on "
+                  "from the one before")
+        return finished
     finally:
         store.close()
         if recorder:
@@ -109,7 +115,7 @@ def content_of_run(workdir: Path) -> str | None:
     """The hash of the data that a workdir's newest checkpoint was trained on; None if there is none."""
     if not (workdir / "checkpoints").is_dir():
         return None
-    store = Store(workdir, read_only=True)
+    store = Store(workdir, read_only=True, say=lambda line: None)  # who reads the arrays, too, says what is wrong
     try:
         if not store.steps():
             return None
@@ -129,6 +135,8 @@ def _run(setup: Setup, prepared: Prepared, store: Store, recorder: Recorder | No
                           setup.rows(config.data.batch_size))
     agree = processes.agree_by_step()
     state, step, best = start(setup, store, loader)
+    if recorder:
+        recorder.go_on_after(step)
     progress = Progress(step, options.steps, quiet=recorder is None)
     ended = best.exhausted(tuning)
     if step:
