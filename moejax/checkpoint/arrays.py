@@ -4,6 +4,8 @@ Orbax writes; this reads what it wrote, without it. Orbax reads an item as a who
 does, so that one bad array could neither be named nor be found by one process alone.
 """
 
+import os
+import re
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -53,7 +55,7 @@ def read_whole(folder: Path, name: str) -> np.ndarray:
     try:
         return _open(folder, name).read().result()
     except ValueError as error:
-        raise Damaged(_first_line(error)) from None
+        raise Damaged(f"cannot be read ({reason(error)})") from None
 
 
 def _each(names: Mapping[str, Any], make: Callable[[str], T]) -> tuple[dict[str, T], dict[str, str]]:
@@ -65,7 +67,7 @@ def _each(names: Mapping[str, Any], make: Callable[[str], T]) -> tuple[dict[str,
         except Damaged as error:
             wrong[name] = str(error)
         except ValueError as error:  # of tensorstore
-            wrong[name] = _first_line(error)
+            wrong[name] = f"cannot be read ({reason(error)})"
 
     with ThreadPoolExecutor(READERS) as pool:
         list(pool.map(one, names))
@@ -104,6 +106,10 @@ def _region(index: Index, shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]
     return tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
 
 
-def _first_line(error: Exception) -> str:
-    """What tensorstore says, without the specification that it repeats."""
-    return f"cannot be read ({str(error).splitlines()[0].partition(' [source locations')[0]})"
+def reason(error: Exception) -> str:
+    """What matters of an error of the system or of tensorstore, whose messages are long with paths and specifications."""
+    message = " ".join(str(error).split())
+    if code := re.search(r"os_error_code='(\d+)'", message):
+        return os.strerror(int(code[1]))
+    told = message.partition(" [tensorstore_spec")[0].partition(" [source")[0].rpartition('": ')[2][:200]
+    return getattr(error, "strerror", None) or told or type(error).__name__

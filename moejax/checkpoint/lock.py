@@ -42,8 +42,8 @@ def one_writer(workdir: Path, say: Callable[[str], None] = warn, alive: float = 
     Raises:
       UserError: another process writes to it, or the folder cannot be made.
     """
-    workdir, path = workdir.absolute(), workdir.absolute() / NAME
-    missing = [folder for folder in (workdir, *workdir.parents) if not os.path.lexists(folder)]
+    path = workdir.absolute() / NAME
+    missing = [folder for folder in path.parents if not os.path.lexists(folder)]
     check(os.path.isdir(workdir) or not os.path.lexists(workdir),
           f"--workdir={workdir} is a file; choose a folder, or a name that is free")
     try:

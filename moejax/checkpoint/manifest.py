@@ -14,6 +14,8 @@ NAME = "manifest.json"
 MARK = "moejax_manifest"
 """What Orbax's own metadata of a checkpoint says if there is to be a manifest; older versions of moejax wrote none."""
 FORMAT = 1
+SMALL = 1 << 20
+"""Bytes of a file up to which it is hashed though it holds arrays."""
 LIMIT = 64 << 20
 """Bytes of JSON that are read at most."""
 
@@ -46,7 +48,8 @@ class Manifest:
       value: of the metric, if there was an evaluation at this step.
       arrays: by item and name.
       sizes: bytes of all files, by path in the checkpoint.
-      hashes: SHA-256 of the files that hold no arrays; those of arrays hold what `arrays` vouches for.
+      hashes: SHA-256 of the files that hold no arrays, and of the small ones of the others. The large ones hold little but
+        arrays, for which `arrays` vouches, and reading them back would take as long as writing them.
     """
 
     step: int
@@ -67,7 +70,7 @@ def take(folder: Path) -> tuple[dict[str, int], dict[str, str]]:
     """Sizes and hashes, as in `Manifest`, of the files that a folder holds."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != NAME)
     sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}
-    return sizes, {name: _sha256(folder / name) for name in sizes if not holds_arrays(name)}
+    return sizes, {name: _sha256(folder / name) for name, size in sizes.items() if size <= SMALL or not holds_arrays(name)}
 
 
 def write(folder: Path, manifest: Manifest) -> None:
@@ -116,13 +119,15 @@ def read(folder: Path) -> Manifest:
         return _parsed(json.loads(body))
 
 
-def check_files(folder: Path, manifest: Manifest, parts: Callable[[str], bool] = lambda part: True) -> None:
-    """Compares files with a manifest: sizes of all first, then the hashes of those that hold no arrays.
+def check_files(folder: Path, manifest: Manifest, parts: Callable[[str], bool] = lambda part: True,
+                thorough: bool = False) -> None:
+    """Compares files with a manifest: first the sizes of all, then the hashes of those that hold no arrays.
 
     Args:
       folder: of the checkpoint.
       manifest: of it.
       parts: whether to look at an item (or a file beside the items).
+      thorough: compare all hashes. A file of arrays also holds what Orbax has left behind in it and nobody reads.
 
     Raises:
       Damaged: a file is missing or changed.
@@ -137,7 +142,7 @@ def check_files(folder: Path, manifest: Manifest, parts: Callable[[str], bool] =
             if status.st_size != manifest.sizes[name]:
                 raise Damaged(f"{name} has {status.st_size:,} bytes and should have {manifest.sizes[name]:,}")
     for name in names:
-        if name in manifest.hashes:
+        if name in manifest.hashes and (thorough or not holds_arrays(name)):
             with as_damage(name):
                 if _sha256(folder / name) != manifest.hashes[name]:
                     raise Damaged(f"{name} has changed since it was written")

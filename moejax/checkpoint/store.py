@@ -4,15 +4,14 @@ A checkpoint is written beside its place, as STEP.part, and takes its name when 
 What has a number for a name was therefore whole once; what is wrong with it came later, and is found.
 """
 
+import contextlib
 import logging
 import math
-import os
 import re
 import shutil
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,15 +49,15 @@ class NotSaved(NamedTuple):
 
 
 def warn(line: str) -> None:
-    """A line on stderr."""
-    print("moejax:", line, file=sys.stderr, flush=True)
+    """A line on stderr, if it can be written there."""
+    with contextlib.suppress(OSError):
+        print("moejax:", line, file=sys.stderr, flush=True)
 
 
 def not_of_orbax(record: logging.LogRecord) -> bool:
     """A filter of the log: of each failure Orbax writes hundreds of lines, and we say one."""
-    trace = record.exc_info[2] if record.exc_info else None
-    places = [record.pathname, *(frame.f_code.co_filename for frame, _ in traceback.walk_tb(trace))]
-    return record.levelno < logging.ERROR or not any("orbax" in place for place in places)
+    ours = "orbax" in record.pathname or record.name == "asyncio" and "never retrieved" in record.getMessage()
+    return record.levelno < logging.ERROR or not ours
 
 
 class Store:
@@ -228,8 +227,7 @@ class Store:
         self._writer = None  # it would report the same error at the next save
         if self._chief:
             self._sweep()
-        reason = getattr(error, "strerror", None) or _reason(str(error)) or type(error).__name__
-        self.failure = NotSaved(step, reason)
+        self.failure = NotSaved(step, reason := arrays.reason(error))
         self._say(f"WARNING: the checkpoint of step {step} could not be written to {self.folder} ({reason}); the older "
                   "ones are kept")
 
@@ -310,12 +308,6 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path.rename(path.with_name(f"{path.name}.removed")))
     else:
         path.unlink(missing_ok=True)
-
-
-def _reason(message: str) -> str:
-    """What matters of a message of tensorstore, which is long with paths."""
-    code = re.search(r"os_error_code='(\d+)'", message)
-    return os.strerror(int(code[1])) if code else " ".join(message.split())[:200]
 
 
 def _first(problem: str) -> str:

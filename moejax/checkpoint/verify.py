@@ -28,7 +28,7 @@ def verify(folder: Path) -> Result:
     if str(stored.step) != folder.name:
         wrong.append(f"{manifest.NAME} is that of step {stored.step}")
     try:
-        manifest.check_files(folder, stored)
+        manifest.check_files(folder, stored, thorough=True)
     except Damaged as error:
         wrong.append(str(error))
     for item, named in stored.arrays.items():

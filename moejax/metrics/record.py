@@ -141,8 +141,9 @@ class Recorder:
         try:
             yield
         except OSError as error:
-            print(f"moejax: WARNING: {self._path.parent}: a record could not be written ({error.strerror})",
-                  file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):  # stderr may be a file on the same disk
+                print(f"moejax: WARNING: {self._path.parent}: a record could not be written ({error.strerror})",
+                      file=sys.stderr, flush=True)
 
 
 def read(workdir: Path) -> list[dict[str, Any]]:
