@@ -20,6 +20,10 @@ from moejax.checkpoint.manifest import Damaged
 
 READERS = 8
 """Arrays read at a time; the host holds no more of them."""
+CACHE = {"cache_pool": {"total_bytes_limit": 1 << 28}}
+"""Bytes kept while an item is read: its index, which all arrays share, and parts that several devices have a share of."""
+WRONG = (ValueError, KeyError, IndexError, NotImplementedError, OSError)
+"""What tensorstore raises for files that are missing or damaged."""
 Index = tuple[slice, ...]
 T = TypeVar("T")
 
@@ -47,14 +51,15 @@ def read(folder: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> tuple[dict
     Returns:
       What could be read, and what is wrong with the others, both by name.
     """
-    return _each(wanted, lambda name: _place(_open(folder, name), wanted[name]))
+    context = ts.Context(CACHE)
+    return _each(wanted, lambda name: _place(_open(folder, name, context), wanted[name]))
 
 
 def read_whole(folder: Path, name: str) -> np.ndarray:
     """An array of an item on the host. Raises `Damaged`."""
     try:
-        return _open(folder, name).read().result()
-    except ValueError as error:
+        return _open(folder, name, ts.Context()).read().result()
+    except WRONG as error:
         raise Damaged(f"cannot be read ({reason(error)})") from None
 
 
@@ -66,7 +71,7 @@ def _each(names: Mapping[str, Any], make: Callable[[str], T]) -> tuple[dict[str,
             made[name] = make(name)
         except Damaged as error:
             wrong[name] = str(error)
-        except ValueError as error:  # of tensorstore
+        except WRONG as error:
             wrong[name] = f"cannot be read ({reason(error)})"
 
     with ThreadPoolExecutor(READERS) as pool:
@@ -74,9 +79,9 @@ def _each(names: Mapping[str, Any], make: Callable[[str], T]) -> tuple[dict[str,
     return made, wrong
 
 
-def _open(folder: Path, name: str) -> ts.TensorStore:
+def _open(folder: Path, name: str, context: ts.Context) -> ts.TensorStore:
     return ts.open({"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": {"driver": "file", "path": f"{folder}/"},
-                                                  "path": f"{name}/"}}, open=True, read=True).result()
+                                                  "path": f"{name}/"}}, open=True, read=True, context=context).result()
 
 
 def _place(store: ts.TensorStore, wanted: jax.ShapeDtypeStruct) -> Placed:

@@ -67,8 +67,15 @@ def holds_arrays(path: str) -> bool:
 
 
 def take(folder: Path) -> tuple[dict[str, int], dict[str, str]]:
-    """Sizes and hashes, as in `Manifest`, of the files that a folder holds."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != NAME)
+    """Sizes and hashes, as in `Manifest`, of the files that a folder holds, and makes these last as `sync` does.
+
+    Those that hold arrays the store has synchronised itself.
+    """
+    found = sorted(path for path in folder.rglob("*") if path.name != NAME)
+    paths = [path for path in found if path.is_file()]
+    for path in found:
+        if path.is_dir() or not holds_arrays(path.relative_to(folder).as_posix()):
+            sync(path)
     sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}
     return sizes, {name: _sha256(folder / name) for name, size in sizes.items() if size <= SMALL or not holds_arrays(name)}
 
@@ -86,10 +93,10 @@ def write(folder: Path, manifest: Manifest) -> None:
     sync(folder)
 
 
-def sync(folder: Path) -> None:
-    """Makes new names in a folder last, where the file system can."""
+def sync(path: Path) -> None:
+    """Makes a file, or new names in a folder, last through a loss of power, where the file system can."""
     with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
+        handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)
         finally:
