@@ -12,7 +12,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -84,6 +84,7 @@ class Store:
         self._chief = jax.process_index() == 0
         self._writer: ocp.AsyncCheckpointer | None = None
         self._sealing: threading.Thread | None = None
+        self._damaged: set[int] = set()
         self.failure: NotSaved | None = None
         if not read_only and self._chief:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -152,6 +153,7 @@ class Store:
                     self._say(f"{self.folder / str(bad)} is damaged: {reason}; taking that of step {candidate} instead")
                 return restored
             wrong[candidate] = problem
+            self._damaged.add(candidate)
         if step is not None:
             others = ", ".join(str(other) for other in steps if other != step)
             raise UserError(f"{self.folder / str(step)} is damaged: {wrong[step]}; "
@@ -211,12 +213,18 @@ class Store:
                 _remove(place)
                 part.rename(place)
                 manifests.sync(self.folder)
-                for old in superseded(self.folder, step, self._keep, self._metric, self._lower):
-                    _remove(old)
-                self._sweep()  # Orbax may write on for a while after it has failed
-            self.failure = None
         except Exception as error:  # whatever it is, the run has its state and may go on
             self._fail(step, error)
+            return
+        self.failure = None
+        if self._chief:
+            self._damaged.discard(step)
+            try:
+                for old in superseded(self.folder, step, self._keep, self._metric, self._lower, self._damaged):
+                    _remove(old)
+                self._sweep()  # Orbax may write on for a while after it has failed
+            except OSError as error:
+                self._say(f"WARNING: {self.folder}: older checkpoints could not be removed ({error.strerror})")
 
     def _sweep(self) -> None:
         for path in self.folder.iterdir():
@@ -232,14 +240,20 @@ class Store:
                   "ones are kept")
 
 
-def superseded(folder: Path, step: int, keep: int, metric: str, lower: bool) -> list[Path]:
+def superseded(folder: Path, step: int, keep: int, metric: str, lower: bool, damaged: Set[int]) -> list[Path]:
     """Checkpoints that may go when that of a step is there: all but the newest good ones and the best.
 
     Those of later steps stay and do not count: the run was taken up before them because they are damaged.
+
+    Args:
+      folder: of the checkpoints.
+      step: of the newest.
+      keep, metric, lower: as of `Store`.
+      damaged: steps of those that are known to be, though a look at them does not tell.
     """
     good, values = [], {}
     for path in reversed(step_folders(folder)):
-        if int(path.name) > step:
+        if int(path.name) > step or int(path.name) in damaged:
             continue
         try:
             found = summary(path)

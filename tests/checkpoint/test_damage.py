@@ -169,6 +169,20 @@ def test_the_step_of_a_damaged_checkpoint_is_saved_again_and_it_counts_as_none(w
     assert holds(restored, 20) and not lines
 
 
+def test_what_only_reading_shows_to_be_damaged_counts_as_none_either(workdir):
+    folder = workdir / "checkpoints" / "20"
+    stored = manifest.read(folder)
+    stored.arrays["model"]["w_DF"] = manifest.Stored((50, 70), "float32", "0" * 16)
+    manifest.write(folder, stored)
+    store = Store(workdir, keep=2, say=lambda line: None)
+    assert store.restore(like()).step == 10
+    for step in (25, 30):
+        store.save(step, trees(step), {"position": step}, None)
+        store.wait()
+        assert store.steps() == ([10, 20, 25] if step == 25 else [10, 25, 30])  # 10 is the best
+    store.close()
+
+
 def test_a_model_is_read_though_only_what_training_needs_is_damaged(workdir):
     shutil.rmtree(workdir / "checkpoints" / "20" / "training")
     restored, lines = restore(workdir, wanted={"model": like()["model"]})
