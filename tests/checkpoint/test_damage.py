@@ -15,6 +15,7 @@ from benchmarks.faults import damage
 from moejax import sharding
 from moejax.checkpoint import Store, manifest, place
 from moejax.checkpoint.__main__ import main
+from moejax.checkpoint.store import superseded
 from moejax.checkpoint.verify import verify
 from moejax.config import MeshConfig, UserError
 
@@ -176,11 +177,17 @@ def test_what_only_reading_shows_to_be_damaged_counts_as_none_either(workdir):
     manifest.write(folder, stored)
     store = Store(workdir, keep=2, say=lambda line: None)
     assert store.restore(like()).step == 10
-    for step in (25, 30):
+    for step, kept in ((15, [10, 15, 20]), (25, [10, 15, 20, 25]), (30, [10, 25, 30])):  # 10 is the best
         store.save(step, trees(step), {"position": step}, None)
         store.wait()
-        assert store.steps() == ([10, 20, 25] if step == 25 else [10, 25, 30])  # 10 is the best
+        assert store.steps() == kept
     store.close()
+
+
+def test_checkpoints_of_later_steps_neither_go_nor_count(workdir):
+    folder = workdir / "checkpoints"
+    assert superseded(folder, 10, 1, "loss", False, set()) == []
+    assert superseded(folder, 20, 1, "loss", False, set()) == [folder / "10"]
 
 
 def test_a_model_is_read_though_only_what_training_needs_is_damaged(workdir):
