@@ -53,6 +53,11 @@ def test_a_second_run_is_refused_by_name_and_a_killed_one_leaves_no_lock_that_bl
             with pytest.raises(UserError, match=rf"in use by process {process.pid} on \S+ \(since \d{{4}}-"):
                 take(tmp_path)
             assert json.loads((tmp_path / NAME).read_text())["process"] == process.pid
+        content = (tmp_path / NAME).read_text()
+        (tmp_path / NAME).write_text("{}")  # the lock holds whatever the file says
+        with pytest.raises(UserError, match="in use by process . on . "):
+            take(tmp_path)
+        (tmp_path / NAME).write_text(content)
         process.kill()
         process.wait()
         line, = take(tmp_path)

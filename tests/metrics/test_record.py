@@ -140,11 +140,9 @@ def test_a_full_disk_costs_records_and_not_the_run(tmp_path, capsys):
     try:
         for step in range(2, 40):
             recorder.write({"step": step, "split": "train", "loss": 1.0})
-        recorder.go_on_after(0)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert "WARNING" in capsys.readouterr().err
     recorder.write({"step": 40, "split": "train", "loss": 2.0})
     recorder.close()
-    assert [json.loads(line)["step"] for line in written(tmp_path)][-1] == 40
-    assert [one["step"] for one in record.read(tmp_path)][-1] == 40
+    assert [json.loads(line)["step"] for line in written(tmp_path)] == [1, 40]
