@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from moejax import processes, sharding
+from moejax.checkpoint.lock import one_writer
 from moejax.checkpoint.workdir import check_continues, read_config, unchanged_on_user_error
 from moejax.config import Config, UserError, check, to_dict
 from moejax.data.baselines import unigram_bits_per_byte, xz_bits_per_byte
@@ -41,7 +42,12 @@ SAMPLE_TOKENS = 64
 def train(config: Config, workdir: Path) -> None:
     """Trains or goes on, then prints the result beside its baselines, a sample, and where things are."""
     check_text(config.train.sample_prompt, "--config.train.sample_prompt")
-    with unchanged_on_user_error(workdir) if jax.process_index() == 0 else contextlib.nullcontext():
+    with contextlib.ExitStack() as ours:
+        with processes.same_fate():
+            if jax.process_index() == 0:
+                ours.enter_context(one_writer(workdir))
+        if jax.process_index() == 0:
+            ours.enter_context(unchanged_on_user_error(workdir))
         finished = loop.train(config, workdir)
     if finished.stopped:
         say(f"stopped at step {finished.step}, all saved; the same command goes on")

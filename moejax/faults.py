@@ -15,10 +15,11 @@ class Faults:
     save_on_preemption: bool = key(True, "SIGTERM and SIGINT finish the step and save; else they end the run at once, and "
                                    "it goes on from its last checkpoint", free=True)
     max_skipped: int | None = key(10, "steps in a row that were skipped because the loss or a gradient was no finite "
-                                  "number, or the loss a spike, after which the run ends and says what was wrong; None goes on",
-                                  low=1, free=True)
+                                  "number, or the loss a spike, after which the run ends and says what was wrong; None "
+                                  "goes on", low=1, free=True)
     spike: float | None = key(None, "a step is skipped if its loss is more than so many deviations (1.4826 times the "
-                              "median absolute one) above the median of the last spike_window steps; None skips none", low=0)
+                              "median absolute one) above the median of the last spike_window steps; None "
+                              "skips none", low=0)
     spike_window: int = key(100, "steps that a spike is compared with; before there are so many, none is skipped", low=2)
 
 

@@ -92,7 +92,7 @@ class Silence:
         self._reached = now
 
     def heard(self, beats: Mapping[str, str], now: float) -> None:
-        """Takes the latest beat of each process that has begun and not ended; hearing at all means that process 0 is there."""
+        """Takes the latest beat of each process that has begun and not ended. To hear at all means that process 0 lives."""
         self._reached = now
         known = self._beats
         self._beats = {name: known[name] if name in known and known[name][0] == beat else (beat, now)
@@ -110,8 +110,8 @@ class Silence:
 
 def end_process(name: str) -> None:
     """Says who is silent, and ends this process with status 1."""
-    print(f"moejax: {name} has not been heard of for {SILENT_SECONDS} s, so this one ends; the same command goes on from the "
-          "last checkpoint", file=sys.stderr, flush=True)
+    print(f"moejax: {name} has not been heard of for {SILENT_SECONDS} s, so this one ends; the same command goes on from "
+          "the last checkpoint", file=sys.stderr, flush=True)
     os._exit(1)
 
 
@@ -156,8 +156,8 @@ def watched(store: Any, index: int, count: int, end: Callable[[str], None] = end
     try:
         yield
     except jax.errors.JaxRuntimeError:
-        print("moejax: a computation shared with other processes failed; looking which of them is gone ...", file=sys.stderr,
-              flush=True)
+        print("moejax: a computation shared with other processes failed; looking which of them is gone ...",
+              file=sys.stderr, flush=True)
         time.sleep(seconds + 2 * BEAT_SECONDS)  # in which the watch ends this one if there is such
         raise
     finally:

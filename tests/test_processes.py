@@ -16,8 +16,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.faults import damage
 from moejax import processes
 from moejax.checkpoint import read_config
+from moejax.checkpoint.verify import verify
 from moejax.data.loader import train_loader
 from moejax.data.prepare import load_prepared
 from moejax.data.rows import make_rows
@@ -243,12 +245,16 @@ def test_processes_feed_what_their_devices_hold_and_agree(here):
 
 
 def test_a_signal_to_one_process_stops_both_and_one_goes_on(here):
-    """From one process to two, and from two to one."""
+    """From one process to two, past a damaged checkpoint, and from two to one."""
     flags = ("--config=c.py", "--config.mesh.data=1", "--config.mesh.expert=4", "--config.mesh.model=2")
     straight, broken = Path("straight"), Path("broken")
     assert main(["main", *flags, "--workdir=straight"]) == 0
     shutil.copytree(straight, broken)
     cut(broken, 3)
+    damaged = shutil.copytree(straight / "checkpoints" / "6", broken / "checkpoints" / "6")
+    largest = max(damage.files(damaged / "model"), key=lambda path: path.stat().st_size)
+    largest.write_bytes(bytes(byte ^ 1 for byte in largest.read_bytes()))
+    assert any(wrong.startswith("array model/") for wrong in verify(damaged).wrong)
 
     started = several(2, 4, *flags, "--workdir=broken", pause=0.3)
     while max(losses(broken))[0] < 5:
@@ -264,6 +270,7 @@ def test_a_signal_to_one_process_stops_both_and_one_goes_on(here):
     assert main(["main", *flags, "--workdir=broken"]) == 0
     assert losses(broken) == pytest.approx(losses(straight), rel=1e-5)
     assert len(losses(straight)) == 13
+    assert not [verify(folder).wrong for folder in (broken / "checkpoints").iterdir() if verify(folder).wrong]
 
 
 def test_the_launcher_shows_errors_and_ends_what_is_left(here):

@@ -60,9 +60,9 @@ def start(folder: Path, workdir: str, overrides: tuple[str, ...], slow: bool) ->
                             env=os.environ | settings, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def finish(process: subprocess.Popen, status: int) -> str:
+def finish(process: subprocess.Popen, status: int, warned: str = "") -> str:
     out, err = process.communicate(timeout=110)
-    assert process.returncode == status, (process.returncode, out, err)
+    assert process.returncode == status and warned in err, (process.returncode, out, err)
     return out
 
 
@@ -133,11 +133,14 @@ def test_interrupted_killed_and_continued_equals_straight(tmp_path, overrides):
     torn = broken / "checkpoints" / "20.orbax-checkpoint-tmp"
     shutil.copytree(broken / "checkpoints" / "10", torn)
     shutil.rmtree(torn / "training")
+    shutil.copytree(broken / "checkpoints" / "10", broken / "checkpoints" / "20")
     position = checkpoint(broken, 10)[1]["loader"]
     for ours, theirs in zip(batches(broken, position, 7), batches(straight, None, 17)[10:]):
         jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
-    assert "continuing at step 10\n" in finish(start(tmp_path, "broken", overrides, slow=False), 0)
+    assert "continuing at step 10\n" in finish(start(tmp_path, "broken", overrides, slow=False), 0, (
+        "checkpoints/20 is damaged: manifest.json is that of step 10; taking that of step 10 instead\n"))
+    assert steps_recorded(broken) == steps_recorded(straight)
     for step in (10, 20):
         (ours, our_position), (theirs, their_position) = checkpoint(broken, step), checkpoint(straight, step)
         assert our_position == their_position

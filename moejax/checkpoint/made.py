@@ -66,6 +66,8 @@ def save_model(part: Path, workdir: Path, config: Config, variables: Any) -> Non
     store = Store(part)
     store.save(0, {"model": variables}, {"content": None}, None)
     store.close()
+    check(store.failure is None, f"{workdir}: cannot be written ({store.failure and store.failure.reason}); make room "
+          "there, or choose another folder")
     tree, workdir = to_dict(config), workdir.absolute()  # so that it is found from any folder
     tree["train"] |= {"init_from": str(workdir), "finetune": None}  # adapters are part of the matrices now
     if tokenizer := find_tokenizer(part / ORIGINAL):

@@ -18,13 +18,13 @@ def load(workdir: str | Path, step: int | None = None) -> tuple[transformer.Tran
 
     Args:
       workdir: folder of a run.
-      step: which checkpoint; None takes the newest.
+      step: which checkpoint; None takes the newest that is good, and says so if that is not the newest.
 
     Returns:
       The model and its variables, {"params": ..., "router": ...}.
 
     Raises:
-      UserError: no run or no checkpoint there.
+      UserError: no run or no good checkpoint there.
     """
     workdir = Path(workdir)
     model, options = model_of(workdir)
@@ -70,7 +70,7 @@ def restore(workdir: Path, options: Finetune, shapes: Any, logical: Any, shardin
       options: of its adapters.
       shapes, logical: as `abstract_variables` gives them.
       shardings: of each array.
-      step: which checkpoint; None takes the newest.
+      step: which checkpoint; None takes the newest that is good.
     """
     store = Store(workdir, read_only=True)
     try:

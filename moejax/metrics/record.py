@@ -1,9 +1,14 @@
 """Records of a run: one JSON object a line in metrics.jsonl, and the same numbers for TensorBoard."""
 
+import contextlib
 import json
 import math
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -64,35 +69,82 @@ def loss_summary(records: Sequence[LayerRecord]) -> dict[str, list[float]]:
 
 
 class Recorder:
-    """Appends records to a workdir. Only process 0 of a multi-host run should make one."""
+    """Appends records to a workdir. Only process 0 of a multi-host run should make one.
+
+    A record that cannot be written (the disk is full) is left out whole, with a line on stderr, and the run goes on.
+    """
 
     def __init__(self, workdir: Path):
-        from tensorboardX import SummaryWriter  # slow to import, and of no use to those who only load a model
+        # Slow to import, and of no use to those who only load a model. Not its SummaryWriter: that hands everything to a
+        # thread, which ends at the first error, and then the run waits for it for ever.
+        from tensorboardX.event_file_writer import EventsWriter
         self._path = workdir / "metrics.jsonl"
-        self._events = SummaryWriter(str(workdir / "tensorboard"))
+        (workdir / "tensorboard").mkdir(exist_ok=True)
+        self._events = EventsWriter(str(workdir / "tensorboard" / "events"), f".{time.time_ns()}")
         self._end_last_line()
 
     def _end_last_line(self) -> None:
         """A killed run may leave half a line; start on a new one."""
         if self._path.exists() and (text := self._path.read_bytes()) and not text.endswith(b"\n"):
-            with self._path.open("ab") as file:
-                file.write(b"\n")
+            self._append("")
+
+    def go_on_after(self, step: int) -> None:
+        """Takes out what a killed run recorded after the step from which this one goes on, and lines torn by the kill."""
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        if not self._path.exists():
+            return
+        lines = self._path.read_bytes().splitlines(keepends=True)
+        kept = [line for line in lines if (record := _parsed(line)) is not None and record["step"] <= step]
+        if len(kept) == len(lines):
+            return
+        part = self._path.with_name(f".{self._path.name}.part")
+        with self._or_warn():
+            part.write_bytes(b"".join(kept))
+            os.replace(part, self._path)
+        with self._or_warn():
+            self._events.write_event(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
+            self._events.flush()
 
     def write(self, record: dict[str, Any]) -> None:
         """Adds one record; it must hold `step` and `split`."""
-        with self._path.open("a") as file:
-            file.write(json.dumps(record := finite(record), allow_nan=False) + "\n")
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.summary import scalar
+        record, values = finite(record), {}
+        self._append(json.dumps(record, allow_nan=False))
         for name, value in record.items():
             if isinstance(value, list) and all(isinstance(entry, (int, float)) for entry in value):
-                for layer, entry in enumerate(value):
-                    self._events.add_scalar(f"{record['split']}/{name}/layer_{layer}", entry, record["step"])
+                values |= {f"{record['split']}/{name}/layer_{layer}": entry for layer, entry in enumerate(value)}
             elif isinstance(value, (int, float)) and name != "step":
-                self._events.add_scalar(f"{record['split']}/{name}", value, record["step"])
-        self._events.flush()
+                values[f"{record['split']}/{name}"] = value
+        with self._or_warn():
+            for name, value in values.items():
+                self._events.write_event(Event(wall_time=time.time(), step=record["step"], summary=scalar(name, value)))
+            self._events.flush()
 
     def close(self) -> None:
         """Closes the event file."""
-        self._events.close()
+        with self._or_warn():
+            self._events.close()
+
+    def _append(self, line: str) -> None:
+        size = self._path.stat().st_size if self._path.exists() else 0
+        with self._or_warn():
+            try:
+                with self._path.open("ab") as file:
+                    file.write(line.encode() + b"\n")
+            except OSError:
+                with contextlib.suppress(OSError):
+                    os.truncate(self._path, size)
+                raise
+
+    @contextlib.contextmanager
+    def _or_warn(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            with contextlib.suppress(OSError):  # stderr may be a file on the same disk
+                print(f"moejax: WARNING: {self._path.parent}: a record could not be written ({error.strerror})",
+                      file=sys.stderr, flush=True)
 
 
 def finite(value: Any) -> Any:
@@ -110,10 +162,17 @@ def read(workdir: Path) -> list[dict[str, Any]]:
     A line torn by a kill is passed over. Steps that were done again after a kill come once, as they were done last.
     """
     records = {}
-    for line in (workdir / "metrics.jsonl").read_text().splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        records[record["step"], record["split"]] = record
+    for line in (workdir / "metrics.jsonl").read_bytes().splitlines():
+        if (record := _parsed(line)) is not None:
+            records[record["step"], record["split"]] = record
     return sorted(records.values(), key=lambda record: (record["step"], record["split"] == "eval"))
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    """The record of a line; None if the line is torn or of another origin."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    whole = isinstance(record, dict) and isinstance(record.get("step"), int) and isinstance(record.get("split"), str)
+    return record if whole else None

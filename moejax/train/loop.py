@@ -86,7 +86,13 @@ def train(config: Config, workdir: Path) -> Finished:
     try:
         with jax.set_mesh(setup.mesh), stop_on_signal(setup.config.train.faults.save_on_preemption) as stop_requested:
             taught = with_teacher(setup.config, setup.mesh, workdir)
-            return _run(setup, prepared, store, recorder, stop_requested, taught)
+            finished = _run(setup, prepared, store, recorder, stop_requested, taught)
+        store.close()
+        with processes.same_fate():
+            check(store.failure is None, f"{store.folder}: step {finished.step} is reached, but its checkpoint could not "
+                  f"be written ({store.failure and store.failure.reason}); make room there, and the same command goes on "
+                  "from the one before")
+        return finished
     finally:
         store.close()
         if recorder:
@@ -114,7 +120,7 @@ def content_of_run(workdir: Path) -> str | None:
     """The hash of the data that a workdir's newest checkpoint was trained on; None if there is none."""
     if not (workdir / "checkpoints").is_dir():
         return None
-    store = Store(workdir, read_only=True)
+    store = Store(workdir, read_only=True, say=lambda line: None)  # who reads the arrays, too, says what is wrong
     try:
         if not store.steps():
             return None
@@ -135,6 +141,8 @@ def _run(setup: Setup, prepared: Prepared, store: Store, recorder: Recorder | No
     agree = processes.agree_by_step()
     state, step, best, watch = start(setup, store, loader)
     latest: deque[Any] = deque(maxlen=LAG + 1)
+    if recorder:
+        recorder.go_on_after(step)
     progress = Progress(step, options.steps, quiet=recorder is None)
     ended = best.exhausted(tuning)
     if step:
@@ -219,7 +227,7 @@ def start(setup: Setup, store: Store, loader: Any, before: float = math.inf) -> 
         with processes.same_fate():
             given = initial_variables(setup, {"params": fresh.params, "router": fresh.router_state})
         return fresh.replace(params=given["params"], router_state=given["router"]), 0, nothing, Watch(faults)
-    restored = store.restore(place(items(setup.shapes), items(setup.shardings)), steps[-1])
+    restored = store.restore(place(items(setup.shapes), items(setup.shardings)), None if before == math.inf else steps[-1])
     loader.set_state(restored.data["loader"])
     model, training = restored.items["model"], restored.items["training"]
     return TrainState(training["step"], model["params"], training["opt_state"], model["router"],

@@ -28,7 +28,12 @@ class Progress:
         if self._bar is not None:
             self._bar.write(line)
         else:
-            print(line, flush=True)
+            try:
+                print(line, flush=True)
+            except BrokenPipeError:
+                raise
+            except OSError:  # stdout is a file on a full disk, which is no reason to end
+                pass
 
     def step(self, step: int) -> None:
         """Moves the bar."""

@@ -1,8 +1,11 @@
 """Checkpoints: which are kept, what may be read back where, and what a kill can leave behind."""
 
+import contextlib
 import math
 import os
+import resource
 import shutil
+import subprocess
 import tempfile
 from pathlib import Path
 
@@ -116,9 +119,9 @@ def test_torn_checkpoint_is_passed_over_and_its_step_saved_again(tmp_path):
     store.close()
 
 
-@pytest.mark.parametrize("lost", ("commit_success.txt", "_CHECKPOINT_METADATA", "model", "metrics", "data"))
+@pytest.mark.parametrize("lost", ("manifest.json", "_CHECKPOINT_METADATA", "model", "data"))
 def test_half_removed_old_checkpoint_does_not_disturb(tmp_path, lost):
-    """A kill may come while Orbax removes an old checkpoint, file by file."""
+    """Older versions removed an old checkpoint file by file, and a kill might come meanwhile."""
     save(tmp_path, (1, 2), losses={1: 0.5, 2: 0.7})
     gone = tmp_path / "checkpoints" / "1" / lost
     assert gone.exists(), "Orbax has another layout now"
@@ -177,3 +180,66 @@ def test_arrays_may_be_donated_as_soon_as_save_returns(tmp_path, devices):
         read = store.restore({"model": place(wanted, jax.tree.map(lambda _: rows, wanted))}, number).items["model"]
         jax.tree.map(np.testing.assert_array_equal, read, wanted)
     store.close()
+
+
+@contextlib.contextmanager
+def files_of_at_most(size: int):
+    """As on a full disk: the system refuses to write more into a file."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def noise(step: int) -> dict:
+    return {"w_DF": jnp.float32(np.random.default_rng(step).normal(size=(200, 201)))}
+
+
+@pytest.mark.parametrize("size", (0, 50, 60000), ids=("any file", "metadata", "arrays"))
+def test_what_cannot_be_written_is_said_and_the_rest_stays_and_is_continued(tmp_path, capfd, size):
+    lines = []
+    store = Store(tmp_path, keep=2, say=lines.append)
+    for step in (1, 2):
+        store.save(step, {"model": noise(step)}, {}, None)
+    store.wait()
+    before = snapshot(tmp_path / "checkpoints" / "1")
+    with files_of_at_most(size):
+        store.save(3, {"model": noise(3)}, {}, None)
+        store.wait()
+    assert store.failure.step == 3 and store.failure.reason == "File too large"
+    line, = lines
+    assert line.startswith("WARNING: the checkpoint of step 3 could not be written") and "\n" not in line
+    assert store.steps() == [1, 2] and snapshot(tmp_path / "checkpoints" / "1") == before
+    store.save(5, {"model": noise(5)}, {}, None)
+    store.close()
+    assert store.failure is None and sorted(os.listdir(store.folder)) == ["2", "5"] and lines == [line]
+    assert capfd.readouterr() == ("", "")  # and Orbax says nothing beside it
+    store = Store(tmp_path, read_only=True)
+    here = SingleDeviceSharding(jax.devices()[0])
+    read = store.restore({"model": place(noise(0), {"w_DF": here})})
+    np.testing.assert_array_equal(read.items["model"]["w_DF"], noise(5)["w_DF"])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can mount a small file system")
+def test_a_full_disk_keeps_what_is_there(tmp_path):
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(folder)], capture_output=True).returncode:
+        pytest.skip("no file system can be mounted")
+    try:
+        lines = []
+        store = Store(tmp_path, keep=9, say=lines.append)
+        for step in range(1, 7):
+            store.save(step, {"model": noise(step)}, {}, None)
+        store.close()
+        assert store.failure.reason == "No space left on device" and 2 <= len(store.steps()) < 6
+        assert len(lines) == 6 - len(store.steps())
+        for step in store.steps():
+            read = Store(tmp_path, read_only=True).restore({"model": place(noise(0), {"w_DF": SingleDeviceSharding(
+                jax.devices()[0])})}, step)
+            np.testing.assert_array_equal(read.items["model"]["w_DF"], noise(step)["w_DF"])
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)

@@ -2,9 +2,15 @@
 
 import json
 import math
+import resource
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from moejax.metrics import record
 from moejax.moe.types import ExpertLoad, LayerRecord
@@ -57,3 +63,86 @@ def test_reader_survives_torn_lines_and_repeated_steps(tmp_path):
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 5
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["loss"] == 2.6
     assert list((tmp_path / "tensorboard").glob("events*"))
+
+
+def events(path: Path) -> list[Event]:
+    content, found = path.read_bytes(), []
+    while content:
+        size = int.from_bytes(content[:8], "little")
+        found.append(Event.FromString(content[12:12 + size]))
+        content = content[16 + size:]
+    return found
+
+
+def written(workdir) -> list[str]:
+    return (workdir / "metrics.jsonl").read_text().splitlines()
+
+
+def test_going_on_takes_out_torn_lines_and_what_was_recorded_after_the_checkpoint(tmp_path):
+    recorder = record.Recorder(tmp_path)
+    for step in range(1, 6):
+        recorder.write({"step": step, "split": "train", "loss": float(step)})
+    recorder.write({"step": 3, "split": "eval", "loss": 0.5})
+    recorder.close()
+    whole = written(tmp_path)
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(b'\xff{}\n[1]\n{"step": 2}\n{"step": 6, "split": "tr')
+    again = record.Recorder(tmp_path)
+    again.go_on_after(3)
+    assert written(tmp_path) == [*whole[:3], whole[5]]
+    again.write({"step": 4, "split": "train", "loss": 4.0})
+    again.close()
+    assert [json.loads(line)["step"] for line in written(tmp_path)] == [1, 2, 3, 3, 4]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "tensorboard"]
+    first, second = (events(path) for path in sorted((tmp_path / "tensorboard").iterdir()))
+    assert [event.step for event in first if event.summary.value] == [1, 2, 3, 4, 5, 3]
+    # With this TensorBoard hides what other files of the folder have from step 4 on.
+    assert [(event.step, event.session_log.status) for event in second if event.HasField("session_log")] == [
+        (4, SessionLog.START)]
+    assert [event.step for event in second if event.summary.value] == [4]
+
+
+def test_going_on_after_the_last_record_leaves_the_file_alone(tmp_path):
+    recorder = record.Recorder(tmp_path)
+    recorder.go_on_after(0)
+    recorder.write({"step": 1, "split": "train", "loss": 1.0})
+    before = (tmp_path / "metrics.jsonl").stat()
+    recorder.go_on_after(1)
+    after = (tmp_path / "metrics.jsonl").stat()
+    assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
+    recorder.go_on_after(0)
+    assert written(tmp_path) == []
+    recorder.close()
+
+
+@given(st.lists(st.integers(1, 9), max_size=6), st.binary(max_size=12), st.integers(0, 60), st.integers(0, 9))
+@settings(max_examples=25, deadline=None)
+def test_whatever_a_kill_leaves_every_reader_reads_on(steps, garbage, cut, step):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "metrics.jsonl"
+        lines = "".join(json.dumps({"step": s, "split": "train", "loss": 0.1}) + "\n" for s in steps).encode()
+        path.write_bytes(lines[:max(len(lines) - cut, 0)] + garbage)
+        record.read(Path(folder))
+        recorder = record.Recorder(Path(folder))
+        recorder.go_on_after(step)
+        recorder.write({"step": step + 1, "split": "train", "loss": 0.2})
+        recorder.close()
+        found = [json.loads(line) for line in path.read_bytes().splitlines()]
+        assert all(one["step"] <= step for one in found[:-1]) and found[-1]["step"] == step + 1
+        assert record.read(Path(folder))[-1]["loss"] == 0.2
+
+
+def test_a_full_disk_costs_records_and_not_the_run(tmp_path, capsys):
+    recorder = record.Recorder(tmp_path)
+    recorder.write({"step": 1, "split": "train", "loss": 1.0})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60, before[1]))
+    try:
+        for step in range(2, 40):
+            recorder.write({"step": step, "split": "train", "loss": 1.0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "WARNING" in capsys.readouterr().err
+    recorder.write({"step": 40, "split": "train", "loss": 2.0})
+    recorder.close()
+    assert [json.loads(line)["step"] for line in written(tmp_path)] == [1, 40]

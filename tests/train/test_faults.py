@@ -91,7 +91,8 @@ def get_config():
 def test_a_run_that_diverges_ends_and_its_step_can_be_done_again(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "c.py").write_text(CONFIG)
-    (tmp_path / "corpus.jsonl").write_text("\n".join(json.dumps({"text": f"number {i} and then {i + 1}"}) for i in range(60)))
+    texts = [f"number {i} and then {i + 1}" for i in range(60)]
+    (tmp_path / "corpus.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
     assert main(["main", "--config=c.py", "--workdir=w"]) == 1
     error, = capfd.readouterr().err.splitlines()[-1:]
     # Steps 2 to 5 are skipped; that is known two steps later.
