@@ -302,6 +302,8 @@ def fields(kind: Any = None, prefix: str = "") -> dict[str, dataclasses.Field]:
         name, value = prefix + field.name, getattr(kind, field.name, None)
         group = value if dataclasses.is_dataclass(value) else field.type
         found |= fields(group, f"{name}.") if dataclasses.is_dataclass(group) else {name: field}
+        for inner, options in value.items() if isinstance(value, Mapping) else ():
+            found |= fields(options, f"{name}.{inner}.") if dataclasses.is_dataclass(options) else {}
     return found
 
 

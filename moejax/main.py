@@ -74,6 +74,8 @@ def define_flags(options: Sequence[str] = ()) -> flags.FlagValues:
     flags.DEFINE_integer("step", None, "eval, generate: which checkpoint; the newest by default", flag_values=values)
     flags.DEFINE_multi_string("prompt", [], "generate: a prompt; may be given several times. A model of pairs takes a "
                               "whole input, as its template has it", flag_values=values)
+    flags.DEFINE_string("task", None, "generate: the task that the prompts are of, if the model was trained on several",
+                        flag_values=values)
     flags.DEFINE_integer("answers", None, "eval of a model of pairs: held-out inputs that it answers and is scored "
                          "by; all by default", flag_values=values)
     flags.DEFINE_integer("max_new_tokens", 64, "generate, eval of pairs: new tokens at most", flag_values=values)
@@ -272,7 +274,7 @@ def run(values: flags.FlagValues) -> None:
             given = [name for name in how if values[name].present]
             check(not given, f"--{given and given[0]} is for samples; --beams takes the best text that it finds")
             how = {"beams": values.beams, "length_penalty": values.length_penalty}
-        generate(config, workdir, values.step, values.prompt, max_new_tokens=values.max_new_tokens, **how)
+        generate(config, workdir, values.step, values.prompt, values.task, max_new_tokens=values.max_new_tokens, **how)
     elif mode == "shardings":
         from moejax.commands import shardings
         shardings(config)
