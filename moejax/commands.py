@@ -27,8 +27,9 @@ from moejax.generation.beam import beam_search
 from moejax.generation.generate import generate as generate_tokens
 from moejax.metrics.record import Recorder
 from moejax.metrics.text import scorers, text_metrics
-from moejax.mixture import part, parts
+from moejax.mixture import number, part, parts
 from moejax.models import transformer
+from moejax.models.tasks import for_task
 from moejax.task import PAIRS, Task, window_of
 from moejax.train import benchmark as timing
 from moejax.train import loop
@@ -75,8 +76,12 @@ def evaluate(config: Config | None, workdir: Path, step: int | None, inputs: int
     variables = restored.items["model"]
     with jax.set_mesh(setup.mesh):
         record = run_evaluation(setup, prepared, variables["params"], variables["router"], restored.step)
-    scores = {name: answered(pairs[name], setup.model, variables, setup.mesh, prepared.tasks.get(name, prepared),
-                             answers_file(workdir, name), told, options) for name, told in references.items() if told}
+    scores = {}
+    for name, told in references.items():
+        if told:
+            knowing = for_task(setup.model, variables, number(setup.config, name))
+            scores[name] = answered(pairs[name], *knowing, setup.mesh, prepared.tasks.get(name, prepared),
+                                    answers_file(workdir, name), told, options)
     for name, found in scores.items():
         record |= {f"task/{name}/{metric}" if name else metric: value for metric, value in found.items()}
     with processes.same_fate():
@@ -178,6 +183,7 @@ def generate(config: Config | None, workdir: Path, step: int | None, prompts: Se
             setup = set_up(config)
             model, mesh = setup.model, setup.mesh
             variables = load_sharded(workdir, mesh, step).items["model"]
+        model, variables = for_task(model, variables, number(config, task))
         texts = continuations(model, variables, mesh, tokenizer, own, prompts, **options)
     for prompt, text in zip(prompts, texts):
         say(text if answers(own.data.task) else prompt + text)

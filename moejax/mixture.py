@@ -132,6 +132,12 @@ def part(config: Config, name: str | None) -> Config:
     return parts(config)[name]
 
 
+def number(config: Config, name: str | None) -> int:
+    """The number of a task of that name; 0 of the only one."""
+    mixture = config.data.task
+    return mixture.names.index(name) if isinstance(mixture, Mixture) else 0
+
+
 def rates(mixture: Mixture, rows: Sequence[int]) -> tuple[float, ...]:
     """The share of each task in the rows that are drawn, given how many rows it has; they sum to 1."""
     if mixture.rates == "fixed":

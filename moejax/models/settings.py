@@ -21,6 +21,18 @@ def check_experts(model: ModelConfig, moe: MoEConfig) -> None:
           f"width {width} and the experts' hidden width {hidden} must be even; take 8 bits")
 
 
+def check_router_tasks(model: ModelConfig, moe: MoEConfig, tasks: int) -> None:
+    """Raises `UserError` if routers are to know of tasks and cannot, or of others than the mixture's; 0 tasks are none."""
+    known, where = model.architecture.router_tasks, "config.model.architecture.router_tasks"
+    if not known:
+        return
+    check(known == tasks, f"{where}={known}, but " + (f"config.data.task has {tasks} tasks" if tasks else "there is one "
+          "task only; it is for mixtures (config.data.task.tasks)"))
+    router = routing.get_router(moe.router)
+    check(moe.every > 0 and router.level == "layer" and bool(router.parameters(moe, model.embed)), f"{where}: there is no "
+          f"router that could learn of tasks (config.moe.every={moe.every}, config.moe.router={moe.router}); set it to 0")
+
+
 def resolve_model(model: ModelConfig) -> ModelConfig:
     """The settings with a typed `Architecture`. Raises `UserError` on unknown options and on what cannot be together."""
     given = model.architecture

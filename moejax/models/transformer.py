@@ -19,7 +19,7 @@ from moejax.layers.norm import make_norm
 from moejax.layers.pool import Pooled
 from moejax.layers.relative import RelativeBias
 from moejax.models.blocks import Run, passes_blocks
-from moejax.models.settings import check_experts, resolve_model
+from moejax.models.settings import check_experts, check_router_tasks, resolve_model
 from moejax.models.sight import distances, look
 from moejax.models.stacks import ENCODER, Stack, Trunk, plan_stacks, trunk_stacks, trunks
 from moejax.moe import routing
@@ -82,7 +82,7 @@ class Transformer(nn.Module):
                  types_BL: Array | None = None, prefix_BL: Array | None = None, source: Source | None = None,
                  source_segments_BS: Array | None = None, train: bool = False, totals: Mapping[str, Totals] | None = None,
                  wholes: Mapping[str, Any] | None = None, cache: Mapping[str, Any] | None = None, at: Array | None = None,
-                 cached_segments_BS: Array | None = None) -> ModelOutput:
+                 cached_segments_BS: Array | None = None, task_B: Array | None = None) -> ModelOutput:
         """Scores tokens at every position, or classes for every row; see `config.model.head`.
 
         Args:
@@ -100,11 +100,15 @@ class Transformer(nn.Module):
           cache: from `empty_cache`, or as returned, to go on from tokens seen before.
           at: int32 scalar, first slot of the cache that the tokens take.
           cached_segments_BS: segments of the cache's slots, those of the tokens included; 0 where it is empty.
+          task_B: int32 number of each row's task, if the routers know of several.
 
         Returns:
           `ModelOutput`.
         """
         model = self.model
+        tasks = model.architecture.router_tasks
+        check(task_B is not None or tasks < 2 or self.is_initializing(), f"this model's routers know of {tasks} tasks; "
+              "say which is meant: --task=NAME, or moejax.for_task")
         embedding = Embedding(model, self.dtype, name="embedding")
         totals = totals or count_totals(segments_BL, None if source is None else source.segments_BS)
         *before, own = trunks(model)
@@ -114,11 +118,12 @@ class Transformer(nn.Module):
             if source is not None:
                 segments_BS = source.segments_BS
                 x_BSD, records, _ = self.run(before[0], embedding(source.tokens_BS, source.positions_BS), source.tokens_BS,
-                                             source.positions_BS, segments_BS, router_state, train, totals, wholes)
+                                             source.positions_BS, segments_BS, router_state, train, totals, wholes,
+                                             task_B=task_B)
             encoded = Encoded(x_BSD, segments_BL[:, :, None] == segments_BS[:, None, :])
         x_BLD, own_records, cache = self.run(
             own, embedding(tokens_BL, positions_BL, types_BL), tokens_BL, positions_BL, segments_BL, router_state, train,
-            totals, wholes, prefix_BL, encoded, cache, at, cached_segments_BS)
+            totals, wholes, prefix_BL, encoded, cache, at, cached_segments_BS, task_B)
         records |= own_records
         if model.head == "tokens":
             head_BLD = embedding.before_head(x_BLD)
@@ -129,12 +134,14 @@ class Transformer(nn.Module):
     def run(self, trunk: Trunk, x_BLD: Array, tokens_BL: Array, positions_BL: Array, segments_BL: Array,
             router_state: Mapping[str, Any], train: bool, totals: Mapping[str, Totals], wholes: Mapping[str, Any] | None,
             prefix_BL: Array | None = None, encoded: Encoded | None = None, cache: Mapping[str, Any] | None = None,
-            at: Array | None = None, cached_segments_BS: Array | None = None) -> tuple[Array, dict, dict | None]:
+            at: Array | None = None, cached_segments_BS: Array | None = None, task_B: Array | None = None
+            ) -> tuple[Array, dict, dict | None]:
         """Passes vectors through the stacks of a trunk: returns [B, L, D], records and caches."""
         model, mesh = self.model, sharding.current_mesh()
         shards = 1 if mesh is None else sharding.size(mesh, axes.BATCH_AXES)
         context = RoutingContext(tokens_BL.reshape(-1), segments_BL.reshape(-1) > 0, totals[trunk.prefix], whole=None,
-                                 carry_TC=None, key=None, sequences=tokens_BL.shape[0], shards=shards, train=train)
+                                 carry_TC=None, key=None, sequences=tokens_BL.shape[0], shards=shards, train=train,
+                                 task_T=None if task_B is None else jnp.repeat(task_B, tokens_BL.shape[1]))
         sight = look(model, trunk, positions_BL, segments_BL, cached_segments_BS, at, prefix_BL, encoded)
         if model.architecture.positions == "relative":
             keys = segments_BL if cached_segments_BS is None else cached_segments_BS
@@ -181,11 +188,12 @@ class Transformer(nn.Module):
 
 def apply_batch(model: Transformer, params: Any, router_state: Any, batch: Mapping[str, Array], **options: Any
                 ) -> ModelOutput:
-    """Calls the model on a batch: tokens, positions, segments, and of prefix, types and source_* what it has."""
+    """Calls the model on a batch: tokens, positions, segments, and of prefix, types, task and source_* what it has."""
     source = Source(*(batch[f"source_{name}"] for name in ("tokens", "positions", "segments"))
                     ) if "source_tokens" in batch else None
     return model.apply({"params": params}, batch["tokens"], batch["positions"], batch["segments"], router_state,
-                       types_BL=batch.get("types"), prefix_BL=batch.get("prefix"), source=source, **options)
+                       types_BL=batch.get("types"), prefix_BL=batch.get("prefix"), source=source, task_B=batch.get("task"),
+                       **options)
 
 
 def resolve(config: Config) -> Config:
@@ -205,6 +213,7 @@ def resolve(config: Config) -> Config:
               f"{objective.head}, not {kind} and {config.model.head}")
     plan_stacks(config.model, moe)  # which raises on blocks that there are not
     check_experts(config.model, moe)
+    check_router_tasks(config.model, moe, len(data.task.names) if isinstance(data.task, mixture.Mixture) else 0)
     if moe.every:
         reason = routing.leak(moe)
         check(reason is None or moe.allow_noncausal_routing or not trunks(config.model)[-1].causal,
