@@ -31,7 +31,8 @@ is the config.json of a workdir.
 --config.KEY=VALUE overrides a key of the config. All keys, with defaults and meaning: python -m moejax.config
 --config.moe.router=NAME takes another router, --config.moe.options.NAME=VALUE sets one of its own options: python -m
 moejax.moe.routing lists the routers, python -m moejax.moe.routing NAME what one of them sets
---config.data.task.objective=NAME takes another objective: python -m moejax.task lists them and their options
+--config.data.task.objective=NAME takes another objective: python -m moejax.task lists them and their options, python -m
+moejax.mixture those of several tasks at once
 --config.train.init_from=DIR starts from another run: python -m moejax.finetune lists options of what moves then
 
 modes

@@ -75,17 +75,20 @@ class MixtureLoader(Iterator[dict[str, np.ndarray]]):
       rows: of each task by name, as `rows_of_tasks` gives them.
       config: data.task, data.batch_size (B), data.shuffle and seed.
       own: which of the B rows of each global batch to make, b of them.
+
+    Attributes:
+      rates: the share of each task in the rows.
     """
 
     def __init__(self, rows: Mapping[str, Rows], config: Config, own: np.ndarray | slice = slice(None)):
         self._rows, self._config, self._own = rows, config, own
-        self._rates = rates(config.data.task, [each.count for each in rows.values()])
+        self.rates = rates(config.data.task, [each.count for each in rows.values()])
         self._numbers = [_order(each.count, config, task) for task, each in enumerate(rows.values())]
         self._position = Position(0, (0,) * len(rows))
 
     def __next__(self) -> dict[str, np.ndarray]:
         seed, size, position = self._config.seed, self._config.data.batch_size, self._position
-        drawn = draw(self._rates, position, size, seed)
+        drawn = draw(self.rates, position, size, seed)
         self._position = drawn.after
         makers, made = list(self._rows.values()), []
         for place in np.arange(size)[self._own].tolist():

@@ -132,6 +132,9 @@ def _run(setup: Setup, prepared: Prepared, store: Store, recorder: Recorder | No
     ended = best.exhausted(tuning)
     if step:
         progress.say(f"continuing at step {step}" + ("; all steps are done" if step >= options.steps or ended else ""))
+    if isinstance(config.data.task, Mixture):
+        progress.say("tasks: " + ", ".join(f"{name} {rate:.1%}" for name, rate in zip(config.data.task.names, loader.rates))
+                     + " of the rows")
     meter = Meter(setup)
     evaluation, stopped = None, False
     if step < options.steps and not ended:

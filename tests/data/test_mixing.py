@@ -61,10 +61,15 @@ def test_no_task_is_ever_a_row_beyond_its_share(weights, size, batches):
 
 
 def test_places_within_a_batch_are_shuffled_anew_each_time():
-    loader = MixtureLoader(counted(), settings())
-    orders = {tuple(batch["task"].tolist()) for batch in take(loader, 12)}
-    assert len(orders) > 8
-    assert {tuple(b["task"].tolist()) for b in take(MixtureLoader(counted(), settings()), 12)} == orders
+    orders, position = [], Position(0, (0, 0))
+    for _ in range(12):
+        drawn = draw((0.5, 0.5), position, 8, seed=3)
+        assert drawn.task_B.sum() == 4
+        np.testing.assert_array_equal(drawn.task_B, draw((0.5, 0.5), position, 8, seed=3).task_B)
+        orders.append(tuple(drawn.task_B.tolist()))
+        position = drawn.after
+    assert len(set(orders)) > 8 and not np.array_equal(draw((0.5, 0.5), position, 8, 4).task_B,
+                                                       draw((0.5, 0.5), position, 8, 3).task_B)
 
 
 def test_every_row_of_each_task_comes_once_an_epoch_of_its_own():
