@@ -36,6 +36,7 @@ def test_padding_and_batching_change_nothing():
     assert whole.means["accuracy"] == pytest.approx((logits.argmax(-1) == batch["targets"])[batch["mask"]].mean())
 
 
+@pytest.mark.slow
 def test_a_row_without_error_is_what_greedy_decoding_writes():
     """Targets are the model's own texts, but for two rows with another last token."""
     config = tiny_config(model__layers=1, moe__first_dense=0, data__task={"objective": "seq2seq"})
