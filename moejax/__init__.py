@@ -14,8 +14,8 @@ from typing import Any
 __version__ = "0.1.0"
 
 _PUBLIC = {"beam_search": "moejax.generation.beam", "embed": "moejax.generation.score",
-           "from_hf": "moejax.hf.load", "generate": "moejax.generation.generate", "load": "moejax.evaluation.load",
-           "logits": "moejax.generation.score", "to_hf": "moejax.hf.save"}
+           "for_task": "moejax.models.tasks", "from_hf": "moejax.hf.load", "generate": "moejax.generation.generate",
+           "load": "moejax.evaluation.load", "logits": "moejax.generation.score", "to_hf": "moejax.hf.save"}
 
 __all__ = ["__version__", *_PUBLIC]
 

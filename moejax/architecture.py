@@ -90,6 +90,8 @@ class Architecture:
     encoder_sparse_blocks: tuple[int, ...] | None = key(None, "encoder_decoder: numbers of the encoder's sparse blocks, "
                                                         "from 0; None goes by the keys of config.moe", low=0)
     head_layer: bool = key(False, "a dense layer with activation and norm before the output head (BERT)")
+    router_tasks: int = key(0, "tasks of a mixture, of each of which routers see a learned vector beside their input",
+                            low=0)
     pooler: bool = key(False, "heads `classes` and `none`: a dense layer with tanh on what stands for a row (BERT)")
 
 

@@ -28,11 +28,14 @@ from moejax.generation.beam import beam_search
 from moejax.generation.generate import generate as generate_tokens
 from moejax.metrics.record import Recorder
 from moejax.metrics.text import scorers, text_metrics
+from moejax.mixture import number, part, parts
 from moejax.models import transformer
+from moejax.models.tasks import for_task
 from moejax.task import PAIRS, Task, window_of
 from moejax.train import benchmark as timing
 from moejax.train import loop
 from moejax.train import replay as replaying
+from moejax.train.held_out import evaluation_line, run_evaluation
 from moejax.train.setup import set_up
 
 SAMPLE_TOKENS = 64
@@ -63,7 +66,7 @@ def train(config: Config, workdir: Path) -> None:
 def evaluate(config: Config | None, workdir: Path, step: int | None, inputs: int | None = None, **options: Any) -> None:
     """Evaluates a checkpoint on the held-out split, appends the record to metrics.jsonl and prints it.
 
-    A model of pairs also answers held-out inputs, and its texts are scored against the targets.
+    A model of pairs also answers held-out inputs, of each task that has some, and its texts are scored against the targets.
 
     Args:
       config: the workdir's own if None; else only keys that may change in a run may differ.
@@ -76,30 +79,42 @@ def evaluate(config: Config | None, workdir: Path, step: int | None, inputs: int
         setup = set_up(config_of_run(config, workdir))
         prepared = load_prepared(workdir / "data")
         restored = load_sharded(workdir, setup.mesh, step)
-        references = references_of(setup.config, workdir, inputs, options.get("max_new_tokens", 0))
+        pairs = {name: own for name, own in parts(setup.config).items() if own.data.task.data == PAIRS}
+        check(bool(pairs) or inputs is None, "--answers is for models of pairs; leave it out")
+        references = {name: references_of(own, workdir / "data" / name, inputs, options.get("max_new_tokens", 0))
+                      for name, own in pairs.items()}
     variables = restored.items["model"]
     with jax.set_mesh(setup.mesh):
-        record = loop.run_evaluation(setup, prepared, variables["params"], variables["router"], restored.step)
-    if references:
-        record |= answered(setup.config, setup.model, variables, setup.mesh, prepared, workdir, references, options)
+        record = run_evaluation(setup, prepared, variables["params"], variables["router"], restored.step)
+    scores = {}
+    for name, told in references.items():
+        if told:
+            knowing = for_task(setup.model, variables, number(setup.config, name))
+            scores[name] = answered(pairs[name], *knowing, setup.mesh, prepared.tasks.get(name, prepared),
+                                    answers_file(workdir, name), told, options)
+    for name, found in scores.items():
+        record |= {f"task/{name}/{metric}" if name else metric: value for metric, value in found.items()}
     with processes.same_fate():
         if jax.process_index() == 0:
             recorder = Recorder(workdir)
             recorder.write(record)
             recorder.close()
-            print(loop.evaluation_line(record))
+            print(evaluation_line(record))
             print(comparison(record, prepared))
-            if "bleu" in record:
-                print("  ".join(f"{name} {record[name]:.4g}" for name in TEXT_METRICS)
-                      + f"  ({record['answers']:,} answers: {workdir / ANSWERS})")
+            for name, found in scores.items():
+                print((f"{name}: " if name else "") + "  ".join(f"{metric} {found[metric]:.4g}" for metric in TEXT_METRICS)
+                      + f"  ({found['answers']:,} answers: {answers_file(workdir, name)})")
 
 
 TEXT_METRICS = ("bleu", "chrf", "rouge1", "rouge2", "rougeL", "exact_match", "token_f1")
-ANSWERS = "answers.jsonl"
-"""File of a workdir with the last evaluation's inputs, answers and references."""
 
 
-def answered(config: Config, model: Any, variables: Any, mesh: Mesh, prepared: Prepared, workdir: Path,
+def answers_file(workdir: Path, name: str) -> Path:
+    """With the last evaluation's inputs, answers and references of a task; "" is the only one."""
+    return workdir / (f"answers_{name}.jsonl" if name else "answers.jsonl")
+
+
+def answered(config: Config, model: Any, variables: Any, mesh: Mesh, prepared: Prepared, path: Path,
              references: list[str], options: dict[str, Any]) -> dict[str, Any]:
     """Answers held-out inputs, writes them beside their references, and returns the scores."""
     stream, tokenizer = prepared.eval, prepared.tokenizer
@@ -115,7 +130,7 @@ def answered(config: Config, model: Any, variables: Any, mesh: Mesh, prepared: P
     made = made[:len(inputs)]
     with processes.same_fate():
         if jax.process_index() == 0:
-            write_answers(workdir / ANSWERS, [tokenizer.decode(ids) for ids in inputs], made, references)
+            write_answers(path, [tokenizer.decode(ids) for ids in inputs], made, references)
     return {"answers": len(made)} | text_metrics(made, references)
 
 
@@ -129,19 +144,18 @@ def input_room(config: Config, new_tokens: int) -> int:
     return room
 
 
-def references_of(config: Config, workdir: Path, inputs: int | None, new_tokens: int) -> list[str]:
+def references_of(config: Config, folder: Path, inputs: int | None, new_tokens: int) -> list[str]:
     """The targets of the held-out inputs that are to be answered; none if nothing asks for answers that cannot be scored.
 
     Raises:
-      UserError: --answers was given, and there are no targets or no packages to score by.
+      UserError: --answers was given, and there are no packages to score by.
     """
-    check(config.data.task.data == PAIRS or inputs is None, "--answers is for models of pairs; leave it out")
-    if config.data.task.data != PAIRS or inputs == 0:
+    if inputs == 0:
         return []
     input_room(config, new_tokens)
     try:
         scorers()
-        return load_references(workdir / "data")[:inputs]
+        return load_references(folder)[:inputs]
     except UserError as error:
         if inputs is not None:
             raise
@@ -159,15 +173,18 @@ def write_answers(path: Path, inputs: list[str], answers: list[str], references:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None
 
 
-def generate(config: Config | None, workdir: Path, step: int | None, prompts: Sequence[str], **options: Any) -> None:
+def generate(config: Config | None, workdir: Path, step: int | None, prompts: Sequence[str], task: str | None = None,
+             **options: Any) -> None:
     """Continues each prompt with the model of a workdir; config as in `evaluate`, options as in `generate_tokens`.
 
+    A model of several tasks must be told which one the prompts are of.
     One process uses one device; several use all, on the mesh of the config.
     """
     for prompt in prompts:
         check_text(prompt, "--prompt")
     with processes.same_fate():
         config = config_of_run(config, workdir)
+        own = part(config, task)
         tokenizer = load_tokenizer(workdir / "data")
         if jax.process_count() == 1:
             model, variables = load(workdir, step)
@@ -176,9 +193,10 @@ def generate(config: Config | None, workdir: Path, step: int | None, prompts: Se
             setup = set_up(config)
             model, mesh = setup.model, setup.mesh
             variables = load_sharded(workdir, mesh, step).items["model"]
-        texts = continuations(model, variables, mesh, tokenizer, config, prompts, **options)
+        model, variables = for_task(model, variables, number(config, task))
+        texts = continuations(model, variables, mesh, tokenizer, own, prompts, **options)
     for prompt, text in zip(prompts, texts):
-        say(text if answers(config.data.task) else prompt + text)
+        say(text if answers(own.data.task) else prompt + text)
 
 
 def shardings(config: Config) -> None:
@@ -241,8 +259,9 @@ def sample(config: Config, finished: loop.Finished) -> str:
     if jax.process_count() == 1:  # one device is quicker than many, and serves after every mesh
         variables, mesh = jax.device_put(variables, jax.local_devices()[0]), None
     try:
-        text, = continuations(finished.model, variables, mesh, finished.prepared.tokenizer, transformer.resolve(config),
-                              [prompt], max_new_tokens=SAMPLE_TOKENS, temperature=0.8, seed=config.seed)
+        own = part(transformer.resolve(config), None)
+        text, = continuations(finished.model, variables, mesh, finished.prepared.tokenizer, own, [prompt],
+                              max_new_tokens=SAMPLE_TOKENS, temperature=0.8, seed=config.seed)
     except UserError as error:  # the run itself is done and well
         return f"no sample: {error}"
     return f"sample: {prompt}|{text}"

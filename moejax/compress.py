@@ -12,6 +12,7 @@ from typing import Any
 
 from moejax.config import Config, check
 from moejax.exit_status import exit_status
+from moejax.mixture import Mixture
 
 USAGE = """
   python -m moejax.compress prune WORKDIR NEW --experts=6      leaves out the experts that matter least (REAP, or frequency)
@@ -41,15 +42,16 @@ def compress(workdir: Path, new: Path, batches: int, source: str | None,
 
     from moejax.checkpoint.made import built_beside, check_free, copy_data, save_model, size
     from moejax.checkpoint.workdir import read_config
-    from moejax.data.loader import train_loader
-    from moejax.data.rows import make_rows
+    from moejax.data.mixing import open_loader
     from moejax.evaluation.load import load
     from moejax.models import transformer
-    from moejax.train.loop import evaluation_line, run_evaluation
+    from moejax.train.held_out import evaluation_line, run_evaluation
     from moejax.train.setup import set_up
     check_free(new)
     stored = config = transformer.resolve(read_config(workdir))
     if source is not None:
+        check(not isinstance(config.data.task, Mixture), f"{workdir}: was trained on several tasks, so one text is not "
+              "its own; leave out --source")
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, source=source, eval_source=None))
     mesh = dataclasses.replace(config.mesh, replica=1, data=1, expert=1, model=1, context=1)
     config = dataclasses.replace(config, mesh=mesh, train=dataclasses.replace(config.train, finetune=None))
@@ -57,8 +59,7 @@ def compress(workdir: Path, new: Path, batches: int, source: str | None,
     with built_beside(new) as part, prepared_text(config, workdir, fresh=source is not None) as prepared:
 
         def texts() -> Iterator[Any]:
-            rows = make_rows(prepared.train, prepared.tokenizer, transformer.resolve(config))
-            return islice(train_loader(rows, config), batches)
+            return islice(open_loader(prepared, transformer.resolve(config)), batches)
 
         def tell(name: str, config: Config, variables: Any) -> None:
             setup = set_up(config, jax.local_devices()[:1])

@@ -143,7 +143,7 @@ class DataConfig:
                                low=0, high=0.9)
     text_key: str = key("text", "field that holds the text in records")
     task: Any = key(None, "what is learned from the data: the objective and its options by name; python -m moejax.task "
-                    "lists them")
+                    "lists them, python -m moejax.mixture those of several tasks at once")
     on_bad_record: str = key("error", "what becomes of a record without a field, with an empty text or an unknown label: "
                              "the run ends, or goes on without it and says how many there were", choices=("error", "skip"))
     tokenizer: str = key("sentencepiece", "bytes, sentencepiece (trained on the training split), a SentencePiece .model "
@@ -303,6 +303,8 @@ def fields(kind: Any = None, prefix: str = "") -> dict[str, dataclasses.Field]:
         name, value = prefix + field.name, getattr(kind, field.name, None)
         group = value if dataclasses.is_dataclass(value) else field.type
         found |= fields(group, f"{name}.") if dataclasses.is_dataclass(group) else {name: field}
+        for inner, options in value.items() if isinstance(value, Mapping) else ():
+            found |= fields(options, f"{name}.{inner}.") if dataclasses.is_dataclass(options) else {}
     return found
 
 

@@ -41,7 +41,7 @@ class Finetune:
     @property
     def lower(self) -> bool:
         """Whether the lowest value of the metric is the best."""
-        return self.metric in LOWER_IS_BETTER
+        return self.metric.rpartition("/")[2] in LOWER_IS_BETTER
 
     def better(self, one: float, other: float | None) -> bool:
         """Whether one value of the metric is better than another, or the first; not a number never is."""

@@ -32,7 +32,8 @@ is the config.json of a workdir.
 --config.KEY=VALUE overrides a key of the config. All keys, with defaults and meaning: python -m moejax.config
 --config.moe.router=NAME takes another router, --config.moe.options.NAME=VALUE sets one of its own options: python -m
 moejax.moe.routing lists the routers, python -m moejax.moe.routing NAME what one of them sets
---config.data.task.objective=NAME takes another objective: python -m moejax.task lists them and their options
+--config.data.task.objective=NAME takes another objective: python -m moejax.task lists them and their options, python -m
+moejax.mixture those of several tasks at once
 --config.train.init_from=DIR starts from another run: python -m moejax.finetune lists options of what moves then
 --config.train.faults.NAME=VALUE says what becomes of steps whose loss is no number: python -m moejax.faults lists them
 
@@ -78,6 +79,8 @@ def define_flags(options: Sequence[str] = ()) -> flags.FlagValues:
                          "which step", flag_values=values)
     flags.DEFINE_multi_string("prompt", [], "generate: a prompt; may be given several times. A model of pairs takes a "
                               "whole input, as its template has it", flag_values=values)
+    flags.DEFINE_string("task", None, "generate: the task that the prompts are of, if the model was trained on several",
+                        flag_values=values)
     flags.DEFINE_integer("answers", None, "eval of a model of pairs: held-out inputs that it answers and is scored "
                          "by; all by default", flag_values=values)
     flags.DEFINE_integer("max_new_tokens", 64, "generate, eval of pairs: new tokens at most", flag_values=values)
@@ -298,7 +301,7 @@ def carry_out(values: flags.FlagValues, config: Config | None, workdir: Path | N
             given = [name for name in how if values[name].present]
             check(not given, f"--{given and given[0]} is for samples; --beams takes the best text that it finds")
             how = {"beams": values.beams, "length_penalty": values.length_penalty}
-        generate(config, workdir, values.step, values.prompt, max_new_tokens=values.max_new_tokens, **how)
+        generate(config, workdir, values.step, values.prompt, values.task, max_new_tokens=values.max_new_tokens, **how)
     elif mode == "shardings":
         from moejax.commands import shardings
         shardings(config)

@@ -69,6 +69,10 @@ class Task:
     whole_words: bool = key(False, "masked_lm: choose words with all their tokens")
     noise_density: float = key(0.15, "span_corruption: share of the tokens that is cut out", low=0.01, high=0.9)
     mean_span: float = key(3.0, "span_corruption: mean tokens of a span", low=1)
+    source: str | None = key(None, "a task of a mixture: its text, as config.data.source names some")
+    eval_source: str | None = key(None, "a task of a mixture: its held-out text; None holds out config.data.eval_fraction")
+    text_key: str | None = key(None, "a task of a mixture: field that holds the text; None takes config.data.text_key")
+    rate: float | None = key(None, "a task of a mixture with fixed rates: how often its rows come beside others", low=0)
 
     @property
     def data(self) -> str:
@@ -84,17 +88,21 @@ class Task:
     def metrics(self) -> tuple[str, ...]:
         """What an evaluation measures in one number."""
         if self.data != LABELS:
-            return ("loss", "perplexity", "accuracy") + (("bits_per_byte",) if self.objective == "next_token" else ())
+            more = {"next_token": ("bits_per_byte",), "seq2seq": ("sequence_accuracy",)}
+            return ("loss", "perplexity", "accuracy", *more.get(self.objective, ()))
         return {"classification": ("loss", "accuracy", "f1_macro", "f1_micro", "matthews"),
                 "multi_label": ("loss", "accuracy", "f1_macro", "f1_micro"),
                 "regression": ("loss", "spearman", "pearson")}[self.objective]
 
 
-def resolve(given: "Task | dict | None", model: ModelConfig) -> Task:
+OF_MIXTURES = ("source", "eval_source", "text_key", "rate")
+"""Options that a task has only among others; see `moejax.mixture`."""
+
+
+def resolve(given: "Task | dict | None", model: ModelConfig, where: str = "config.data.task") -> Task:
     """Typed options, with the usual objective of such a model if none is given. Raises `UserError` on impossible ones."""
     if isinstance(given, Task):
         return given
-    where = "config.data.task"
     by_kind = {"decoder": "next_token", "encoder": "masked_lm", "encoder_decoder": "seq2seq"}
     usual = "classification" if model.head == "classes" else by_kind[model.kind]
     task = build_group(Task, {"objective": usual, **(given or {})}, where)

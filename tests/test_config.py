@@ -12,6 +12,7 @@ from moejax.architecture import Architecture
 from moejax.checkpoint.workdir import changed
 from moejax.config import Config, UserError, build, default
 from moejax.finetune import Finetune
+from moejax.mixture import Mixture
 from moejax.models import transformer
 from moejax.task import Task
 
@@ -85,6 +86,8 @@ def test_the_page_of_keys_is_up_to_date():
     assert options in page.read_text(), "run: python -m moejax.architecture, and paste the table into docs/config.md"
     assert config_lib.table(Task, "config.data.task.") in page.read_text(), (
         "run: python -m moejax.task, and paste the table into docs/config.md")
+    assert config_lib.table(Mixture, "config.data.task.") in page.read_text(), (
+        "run: python -m moejax.mixture, and paste the table into docs/config.md")
     assert config_lib.table(Finetune, "config.train.finetune.") in page.read_text(), (
         "run: python -m moejax.finetune, and paste the table into docs/config.md")
 

@@ -54,6 +54,18 @@ def test_the_dense_control_has_equal_operations():
     assert differing == {"moe.every"}
 
 
+def test_the_mixtures_of_tasks_have_equal_operations():
+    path = next(path for path in EXPERIMENTS if path.stem == "mixed")
+    forms = ("sparse", "dense", "knowing")
+    sparse, dense, knowing = (set_up(config_lib.build(load(path).get_config(form))) for form in forms)
+    router = 3 * 2 * sparse.config.model.embed * sparse.config.moe.num_experts * sparse.config.model.layers
+    assert count.training_flops(sparse.config) - router == count.training_flops(dense.config)
+    assert count.training_flops(knowing.config) == count.training_flops(sparse.config)
+    vectors = 4 * sparse.config.model.embed * sparse.config.model.layers
+    assert knowing.parameters.total - sparse.parameters.total == vectors
+    assert sparse.config.data.task.names == ("german", "language", "presidents", "sentiment")
+
+
 def test_sizes_are_as_announced():
     assert 90e6 < named("small")[1].parameters.total < 130e6
     olmoe = named("olmoe_1b_7b")[1].parameters

@@ -6,11 +6,12 @@ import pathlib
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
-LEAVES = {"axes", "architecture", "config", "exit_status", "faults", "finetune", "matrices", "moe.types", "task"}
+LEAVES = {"axes", "architecture", "config", "exit_status", "faults", "finetune", "matrices", "mixture", "moe.types", "task"}
 MAY_IMPORT = {
     "axes": set(),
     "architecture": set(),
     "task": set(),
+    "mixture": set(),
     "exit_status": set(),
     "faults": set(),
     "finetune": set(),

@@ -38,7 +38,7 @@ from moejax.models.count import forward_flops
 from moejax.moe.layer import DECISIONS
 from moejax.moe.routing import ROUTERS
 from moejax.moe.types import Assignments
-from moejax.train.loop import run_evaluation
+from moejax.train.held_out import run_evaluation
 from moejax.train.setup import Setup, set_up
 from moejax.train.state import TrainState
 

@@ -9,6 +9,9 @@ from typing import Any, Callable, Iterator
 
 from moejax.config import AUTO, ROUTED, Config, UserError, build, check, fields, flatten, read_object, to_dict
 
+TASKS = "data.task.tasks."
+"""Keys of the tasks of a mixture, of which there may be fewer in another config."""
+
 
 def read_config(workdir: Path) -> Config:
     """The config with which a workdir was trained.
@@ -48,6 +51,7 @@ def changed(old: Config, new: Config) -> tuple[list[str], list[str]]:
         default = known[name].default if name in known and not name.startswith("moe.") else new_flat[name]
         return old_flat.get(name, list(default) if isinstance(default, tuple) else default)
     differing = [name for name in new_flat if name not in unknown and before(name) != new_flat[name]]
+    differing += [name for name in old_flat if name.startswith(TASKS) and name not in new_flat]
     free = [name for name in differing if name in known and known[name].metadata["free"]]
     return [name for name in differing if name not in free], free
 
@@ -64,7 +68,7 @@ def check_continues(workdir: Path, config: Config) -> list[str]:
     forbidden, free = changed(stored := read_config(workdir), config)
     if forbidden:
         before, now = (flatten(to_dict(c)) for c in (stored, config))
-        listed = ", ".join(f"config.{name} ({before[name]!r} -> {now[name]!r})" for name in forbidden)
+        listed = ", ".join(f"config.{name} ({before.get(name)!r} -> {now.get(name)!r})" for name in forbidden)
         raise UserError(f"--workdir={workdir} holds a run with another config: {listed}; restore these keys or take "
                         "another --workdir")
     return free

@@ -11,7 +11,7 @@ import grain
 import numpy as np
 
 from moejax.config import Config
-from moejax.data.rows import Rows
+from moejax.data.rows import Row, Rows
 
 
 def train_loader(rows: Rows, config: Config, own: np.ndarray | slice = slice(None)) -> grain.DatasetIterator:
@@ -66,5 +66,10 @@ TRAINING, EVALUATION = 0, 1
 
 def _batch(rows: Rows, numbers_b: np.ndarray, seeds_b: Sequence[tuple[int, ...]]) -> dict[str, np.ndarray]:
     """Rows of these numbers, with a seed for the draws of each."""
-    made = [rows.make(row, np.random.default_rng(seed)) for row, seed in zip(numbers_b.tolist(), seeds_b, strict=True)]
+    return stack_rows([rows.make(row, np.random.default_rng(seed))
+                       for row, seed in zip(numbers_b.tolist(), seeds_b, strict=True)])
+
+
+def stack_rows(made: Sequence[Row]) -> dict[str, np.ndarray]:
+    """Rows as the arrays of a batch."""
     return {key: np.stack([row[key] for row in made]) for key in made[0]}

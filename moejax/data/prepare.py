@@ -1,6 +1,6 @@
 """Documents to token streams on disk, once: split, train or load the tokenizer, tokenise, write memory maps.
 
-A prepared folder holds
+A prepared folder, of a mixture that of each task in a folder of its name, holds
 
     train.npy, eval.npy                 uint16 or uint32 [N]: every document as [separator] + tokens, or as the tokenizer
                                         frames a single text if there are targets or labels, one after another
@@ -25,8 +25,9 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,9 +35,11 @@ import numpy as np
 from moejax.config import Config, UserError, check
 from moejax.data import sources
 from moejax.data.examples import Example, Reader
+from moejax.data.labels import name_labels, number_labels
 from moejax.data.specials import special_ids
 from moejax.data.tokenizers import Tokenizer, load_tokenizer, make_tokenizer, tokenizer_files
-from moejax.task import LABELS, PAIRS, TEXT, Task, reserved_ids, resolve, window_of
+from moejax.mixture import parts, resolve
+from moejax.task import LABELS, OF_MIXTURES, PAIRS, TEXT, reserved_ids, window_of
 
 FORMAT = {TEXT: 2, PAIRS: 3, LABELS: 2}
 """Raise it when the same config would give other files."""
@@ -75,14 +78,24 @@ class TokenStream(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """All that training and evaluation need of the data; `labels` are the names of labels in the order of the scores."""
+    """All that training and evaluation need of the data.
+
+    Attributes:
+      tokenizer: of all texts.
+      train, eval: the splits; None of a mixture.
+      folder: where it lies.
+      content: hash of the data.
+      labels: their names in the order of the scores.
+      tasks: the data of each task of a mixture.
+    """
 
     tokenizer: Tokenizer
-    train: TokenStream
-    eval: TokenStream
+    train: TokenStream | None
+    eval: TokenStream | None
     folder: Path
     content: str
     labels: tuple[str, ...] = ()
+    tasks: "Mapping[str, Prepared]" = MappingProxyType({})
 
 
 def prepare(config: Config, folder: Path, say: Callable[[str], None] = print, content: str | None = None) -> Prepared:
@@ -108,41 +121,72 @@ def prepare(config: Config, folder: Path, say: Callable[[str], None] = print, co
     """
     task = resolve(config.data.task, config.model)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, task=task))
-    fingerprint = _fingerprint(config)
+    own = parts(config)
+    fingerprint = _fingerprint(own)
     summary = read_json(folder / "summary.json")
     if summary.get("fingerprint") == fingerprint and content in (None, summary.get("content")):
         say(f"data: {folder} is up to date")
         return load_prepared(folder)
-    part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
+    new = folder.with_name(folder.name + ".part")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
     try:
-        found = _build(config, part, say, fingerprint)
-        check(content in (None, found), f"config.data.source={config.data.source} is not the text that {folder.parent} was "
-              "trained on; restore the text, or take another --workdir")
+        tokenizer, found = _tokenizer(own, new, say), {}
+        for name, each in own.items():
+            with _of_task(name):
+                found[name] = _build(each, new / name, name, tokenizer, say)
+        whole = found.get("") or _hash(found)
+        summary = read_json(new / "summary.json") or {"tasks": list(own)}
+        write_json(new / "summary.json", {"fingerprint": fingerprint, "content": whole} | summary)
+        said = "config.data.task.tasks" if "tasks" in summary else f"config.data.source={config.data.source}"
+        check(content in (None, whole), f"{said} is not the text that {folder.parent} was trained on; restore the text, or "
+              "take another --workdir")
         shutil.rmtree(folder, ignore_errors=True)
-        part.rename(folder)
+        new.rename(folder)
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(new, ignore_errors=True)
     return load_prepared(folder)
 
 
-def _build(config: Config, folder: Path, say: Callable[[str], None], fingerprint: str) -> str:
-    """Fills an empty folder; returns the hash of the data."""
-    begin, task = time.monotonic(), config.data.task
-    training = (text for split, example in _split(config, Reader(config)) if split == "train"
-                for text in (example.text, example.target) if text is not None)
-    window, vocab_size = window_of(config.data, config.model.kind), config.model.vocab_size
-    trained = config.data.tokenizer == "sentencepiece"  # which leaves room for the ids that others may have
-    tokenizer = make_tokenizer(config.data.tokenizer, vocab_size - (reserved_ids(task, window) if trained else 0), training,
-                               folder)
-    special_ids(tokenizer, task, window, vocab_size)  # which raises if there is no room
-    say(f"data: tokenizer {config.data.tokenizer} with {tokenizer.vocab_size:,} ids, {time.monotonic() - begin:.1f} s")
+@contextlib.contextmanager
+def _of_task(name: str) -> Iterator[None]:
+    """What is wrong with the input of one of several tasks names the task."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"task {name}: {error}" if name else str(error)) from error
+
+
+def _tokenizer(configs: Mapping[str, Config], folder: Path, say: Callable[[str], None]) -> Tokenizer:
+    """The tokenizer of all tasks, trained on all their training texts if it is to be trained, saved in the folder."""
+    begin, one = time.monotonic(), next(iter(configs.values()))
+    data, model = one.data, one.model
+
+    def training() -> Iterator[str]:
+        for name, config in configs.items():
+            with _of_task(name):
+                for split, example in _split(config, Reader(config)):
+                    yield from (text for text in (example.text, example.target) if split == "train" and text is not None)
+
+    trained = data.tokenizer == "sentencepiece"  # which leaves room for the ids that others may have
+    reserved = max(reserved_ids(config.data.task, window_of(config.data, model.kind)) for config in configs.values())
+    tokenizer = make_tokenizer(data.tokenizer, model.vocab_size - (reserved if trained else 0), training(), folder)
+    say(f"data: tokenizer {data.tokenizer} with {tokenizer.vocab_size:,} ids, {time.monotonic() - begin:.1f} s")
+    return tokenizer
+
+
+def _build(config: Config, folder: Path, name: str, tokenizer: Tokenizer, say: Callable[[str], None]) -> str:
+    """Fills the folder of one task; returns the hash of its data. The only task has the name ""."""
+    begin, task, where = time.monotonic(), config.data.task, f"data: {name + ': ' if name else ''}"
+    special_ids(tokenizer, task, window_of(config.data, config.model.kind), config.model.vocab_size)  # raises without room
+    if name:
+        folder.mkdir()
+        tokenizer.save(folder)
     reader = Reader(config)
     lengths, labels, text_bytes, content = _tokenise(config, tokenizer, reader, folder, say)
     if reader.left_out:
-        say(f"data: {len(reader.left_out):,} records left out; the first: {reader.left_out[0]}")
-    names = _name_labels(config, labels) if task.data == LABELS else ()
+        say(f"{where}{len(reader.left_out):,} records left out; the first: {reader.left_out[0]}")
+    names = name_labels(config, labels) if task.data == LABELS else ()
     for split in SPLITS:
         order = np.arange(len(lengths[split]))
         if split == "train" and config.data.shuffle:
@@ -151,54 +195,24 @@ def _build(config: Config, folder: Path, say: Callable[[str], None], fingerprint
             if name in lengths:
                 _arrange(folder, name, np.asarray(lengths[name], np.int64), order, _dtype(tokenizer))
         if task.data == LABELS:
-            np.save(folder / f"{split}_labels.npy", _number(task, labels[split], names)[order])
+            np.save(folder / f"{split}_labels.npy", number_labels(task, labels[split], names)[order])
     counts = {split: {"documents": len(lengths[split]), "bytes": text_bytes[split], "tokens": sum(lengths[split]),
                       "target_tokens": sum(lengths.get(f"{split}_target", ()))} for split in SPLITS}
-    write_json(folder / "summary.json", {"fingerprint": fingerprint, "content": content, "labels": names, **counts})
+    write_json(folder / "summary.json", {"content": content, "labels": names, **counts})
     for split, count in counts.items():
-        say(f"data: {split}: {count['documents']:,} documents, {count['bytes'] / 1e6:.2f} MB, {count['tokens']:,} tokens"
+        say(f"{where}{split}: {count['documents']:,} documents, {count['bytes'] / 1e6:.2f} MB, {count['tokens']:,} tokens"
             + (f", {count['target_tokens']:,} in targets" if task.data == PAIRS else ""))
-    say(f"data: prepared in {time.monotonic() - begin:.1f} s")
+    say(f"{where}prepared in {time.monotonic() - begin:.1f} s")
     return content
-
-
-def _name_labels(config: Config, labels: dict[str, list[Any]]) -> tuple[str, ...]:
-    """The names of all labels. Raises `UserError` unless the model has a score for each, and training has them all."""
-    task, classes = config.data.task, config.model.classes
-    if task.objective == "regression":
-        check(classes == 1, "config.data.task.objective=regression gives one number; set config.model.classes=1, not "
-              f"{classes}")
-        return ()
-    each = (lambda label: label) if task.objective == "multi_label" else (lambda label: (label,))
-    seen = {split: {name for label in labels[split] for name in each(label)} for split in SPLITS}
-    names = task.labels or tuple(sorted(seen["train"]))
-    listed = ", ".join(names[:9]) + (", ..." if len(names) > 9 else "")
-    check(len(names) == classes, f"there are {len(names)} labels ({listed}); set config.model.classes={len(names)}, not "
-          f"{classes}")
-    for split in SPLITS:
-        unknown = sorted(seen[split] - set(names))
-        check(not unknown, f"label {unknown and unknown[0]!r} occurs in the {split} records only, so nothing learns it; "
-              "name all in config.data.task.labels")
-    return names
-
-
-def _number(task: Task, labels: list[Any], names: tuple[str, ...]) -> np.ndarray:
-    """Labels as the loss takes them."""
-    if task.objective == "regression":
-        return np.asarray(labels, np.float32)
-    place = {name: i for i, name in enumerate(names)}
-    if task.objective == "classification":
-        return np.array([place[label] for label in labels], np.int32)
-    numbered = np.zeros((len(labels), len(names)), np.float32)
-    for row, label in zip(numbered, labels):
-        row[[place[name] for name in label]] = 1
-    return numbered
 
 
 def load_prepared(folder: Path) -> Prepared:
     """What an earlier `prepare` left in a folder. Raises UserError if that is missing or not whole."""
     summary = read_json(folder / "summary.json")
     check(bool(summary), f"{folder} holds no prepared data (summary.json); train with this workdir first")
+    if "tasks" in summary:
+        tasks = {name: load_prepared(folder / name) for name in summary["tasks"]}
+        return Prepared(load_tokenizer(folder), None, None, folder, summary["content"], tasks=tasks)
     try:
         streams = [_load_stream(folder, split, summary[split]) for split in SPLITS]
         content, labels = summary["content"], tuple(summary.get("labels", ()))
@@ -246,15 +260,27 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
     os.replace(path.with_suffix(".part"), path)
 
 
-def _fingerprint(config: Config) -> str:
-    data = {key: getattr(config.data, key) for key in KEYS} | {"task": dataclasses.asdict(config.data.task)}
+def _fingerprint(configs: Mapping[str, Config]) -> str:
+    """Of one task or, by their names, of several."""
+    found = {name: _fingerprint_of_one(config) for name, config in configs.items()}
+    return found.get("") or _hash(found)
+
+
+def _hash(parts: Any) -> str:
+    """Of what JSON can hold."""
+    return hashlib.md5(json.dumps(parts).encode(), usedforsecurity=False).hexdigest()
+
+
+def _fingerprint_of_one(config: Config) -> str:
+    task = {name: value for name, value in dataclasses.asdict(config.data.task).items() if name not in OF_MIXTURES}
+    data = {key: getattr(config.data, key) for key in KEYS} | {"task": task}
     named = [name for name in (config.data.source, config.data.eval_source) if name is not None]
     found = [sources.identity(name) for name in [*named, *map(str, tokenizer_files(config.data.tokenizer))]]
     classes = config.model.classes if config.data.task.data == LABELS else None
     form = FORMAT[config.data.task.data]
-    parts = [form, data, config.model.vocab_size, config.model.kind, classes, config.seed, found, reserved_ids(
+    known = [form, data, config.model.vocab_size, config.model.kind, classes, config.seed, found, reserved_ids(
         config.data.task, window_of(config.data, config.model.kind))]
-    return hashlib.md5(json.dumps(parts).encode(), usedforsecurity=False).hexdigest()
+    return _hash(known)
 
 
 def _split(config: Config, reader: Reader) -> Iterator[tuple[str, Example]]:

@@ -18,7 +18,8 @@ class Evaluation(NamedTuple):
     """Results over a whole set.
 
     Attributes:
-      means: of what the objective reports for each target; `loss` in nats, `accuracy` where there is one.
+      means: of what the objective reports for each target; `loss` in nats, `accuracy` where there is one; and where the
+        objective counts rows, `sequence_accuracy`, the share of rows without an error.
       targets: number of targets.
       records: of the sparse layers in order; loads are sums, losses are means over the batches.
       scores, labels: of all rows with a label, in order, if the model scores classes; else None.
@@ -58,12 +59,13 @@ def evaluate(eval_step: Callable[..., tuple[dict[str, Array], Any, Any]], params
     """Runs `eval_step` over all batches. Padded rows count for nothing; sums are kept in float64."""
     results = jax.device_get([eval_step(params, router_state, batch) for batch in batches])
     sums = {name: math.fsum(float(result[0][name]) for result in results) for name in results[0][0]}
-    targets = sums.pop("targets")
+    targets, rows = sums.pop("targets"), sums.pop("rows", None)
+    of_rows = {} if rows is None else {"sequence_accuracy": sums.pop("faultless") / max(rows, 1)}
     scores = labels = None
     if results[0][2] is not None:
         scores, labels, mask = (np.concatenate(parts) for parts in zip(*(result[2] for result in results)))
         scores, labels = scores[mask], labels[mask]
-    return Evaluation({name: total / max(targets, 1) for name, total in sums.items()}, int(targets),
+    return Evaluation({name: total / max(targets, 1) for name, total in sums.items()} | of_rows, int(targets),
                       total_records([result[1] for result in results]), scores, labels)
 
 

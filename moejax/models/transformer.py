@@ -11,16 +11,15 @@ from flax import struct
 from jax import Array
 from jax.sharding import PartitionSpec
 
-from moejax import axes, faults, finetune, sharding, task
-from moejax.architecture import Architecture
-from moejax.config import Config, ModelConfig, MoEConfig, build_group, check
+from moejax import axes, faults, finetune, mixture, sharding, task
+from moejax.config import Config, ModelConfig, MoEConfig, check
 from moejax.layers.attention import Cache, Encoded
 from moejax.layers.embedding import Embedding
-from moejax.layers.mlp import PLAIN_ONES
 from moejax.layers.norm import make_norm
 from moejax.layers.pool import Pooled
 from moejax.layers.relative import RelativeBias
 from moejax.models.blocks import FINITE, Run, passes_blocks
+from moejax.models.settings import check_experts, check_router_tasks, resolve_model
 from moejax.models.sight import distances, look
 from moejax.models.stacks import ENCODER, Stack, Trunk, plan_stacks, trunk_stacks, trunks
 from moejax.moe import routing
@@ -83,7 +82,7 @@ class Transformer(nn.Module):
                  types_BL: Array | None = None, prefix_BL: Array | None = None, source: Source | None = None,
                  source_segments_BS: Array | None = None, train: bool = False, totals: Mapping[str, Totals] | None = None,
                  wholes: Mapping[str, Any] | None = None, cache: Mapping[str, Any] | None = None, at: Array | None = None,
-                 cached_segments_BS: Array | None = None) -> ModelOutput:
+                 cached_segments_BS: Array | None = None, task_B: Array | None = None) -> ModelOutput:
         """Scores tokens at every position, or classes for every row; see `config.model.head`.
 
         Args:
@@ -101,11 +100,15 @@ class Transformer(nn.Module):
           cache: from `empty_cache`, or as returned, to go on from tokens seen before.
           at: int32 scalar, first slot of the cache that the tokens take.
           cached_segments_BS: segments of the cache's slots, those of the tokens included; 0 where it is empty.
+          task_B: int32 number of each row's task, if the routers know of several.
 
         Returns:
           `ModelOutput`.
         """
         model = self.model
+        tasks = model.architecture.router_tasks
+        check(task_B is not None or tasks < 2 or self.is_initializing(), f"this model's routers know of {tasks} tasks; "
+              "say which is meant: --task=NAME, or moejax.for_task")
         embedding = Embedding(model, self.dtype, name="embedding")
         totals = totals or count_totals(segments_BL, None if source is None else source.segments_BS)
         *before, own = trunks(model)
@@ -115,11 +118,12 @@ class Transformer(nn.Module):
             if source is not None:
                 segments_BS = source.segments_BS
                 x_BSD, records, _ = self.run(before[0], embedding(source.tokens_BS, source.positions_BS), source.tokens_BS,
-                                             source.positions_BS, segments_BS, router_state, train, totals, wholes)
+                                             source.positions_BS, segments_BS, router_state, train, totals, wholes,
+                                             task_B=task_B)
             encoded = Encoded(x_BSD, segments_BL[:, :, None] == segments_BS[:, None, :])
         x_BLD, own_records, cache = self.run(
             own, embedding(tokens_BL, positions_BL, types_BL), tokens_BL, positions_BL, segments_BL, router_state, train,
-            totals, wholes, prefix_BL, encoded, cache, at, cached_segments_BS)
+            totals, wholes, prefix_BL, encoded, cache, at, cached_segments_BS, task_B)
         records |= own_records
         if model.head == "tokens":
             head_BLD = embedding.before_head(x_BLD)
@@ -130,12 +134,14 @@ class Transformer(nn.Module):
     def run(self, trunk: Trunk, x_BLD: Array, tokens_BL: Array, positions_BL: Array, segments_BL: Array,
             router_state: Mapping[str, Any], train: bool, totals: Mapping[str, Totals], wholes: Mapping[str, Any] | None,
             prefix_BL: Array | None = None, encoded: Encoded | None = None, cache: Mapping[str, Any] | None = None,
-            at: Array | None = None, cached_segments_BS: Array | None = None) -> tuple[Array, dict, dict | None]:
+            at: Array | None = None, cached_segments_BS: Array | None = None, task_B: Array | None = None
+            ) -> tuple[Array, dict, dict | None]:
         """Passes vectors through the stacks of a trunk: returns [B, L, D], records and caches."""
         model, mesh = self.model, sharding.current_mesh()
         shards = 1 if mesh is None else sharding.size(mesh, axes.BATCH_AXES)
         context = RoutingContext(tokens_BL.reshape(-1), segments_BL.reshape(-1) > 0, totals[trunk.prefix], whole=None,
-                                 carry_TC=None, key=None, sequences=tokens_BL.shape[0], shards=shards, train=train)
+                                 carry_TC=None, key=None, sequences=tokens_BL.shape[0], shards=shards, train=train,
+                                 task_T=None if task_B is None else jnp.repeat(task_B, tokens_BL.shape[1]))
         sight = look(model, trunk, positions_BL, segments_BL, cached_segments_BS, at, prefix_BL, encoded)
         if model.architecture.positions == "relative":
             keys = segments_BL if cached_segments_BS is None else cached_segments_BS
@@ -182,11 +188,12 @@ class Transformer(nn.Module):
 
 def apply_batch(model: Transformer, params: Any, router_state: Any, batch: Mapping[str, Array], **options: Any
                 ) -> ModelOutput:
-    """Calls the model on a batch: tokens, positions, segments, and of prefix, types and source_* what it has."""
+    """Calls the model on a batch: tokens, positions, segments, and of prefix, types, task and source_* what it has."""
     source = Source(*(batch[f"source_{name}"] for name in ("tokens", "positions", "segments"))
                     ) if "source_tokens" in batch else None
     return model.apply({"params": params}, batch["tokens"], batch["positions"], batch["segments"], router_state,
-                       types_BL=batch.get("types"), prefix_BL=batch.get("prefix"), source=source, **options)
+                       types_BL=batch.get("types"), prefix_BL=batch.get("prefix"), source=source, task_B=batch.get("task"),
+                       **options)
 
 
 def resolve(config: Config) -> Config:
@@ -196,16 +203,18 @@ def resolve(config: Config) -> Config:
       UserError: an unknown router, what its rule cannot do, or a router that looks at later tokens without leave to do so.
     """
     moe = routing.resolve(config.moe)
-    data = dataclasses.replace(config.data, task=task.resolve(config.data.task, config.model))
+    data = dataclasses.replace(config.data, task=mixture.resolve(config.data.task, config.model))
     train = dataclasses.replace(config.train, finetune=finetune.resolve(config.train.finetune, data.task.metrics),
                                 faults=faults.resolve(config.train.faults))
     config = dataclasses.replace(config, moe=moe, model=resolve_model(config.model), data=data, train=train)
-    objective, kind = task.OBJECTIVES[data.task.objective], config.model.kind
-    check(kind in objective.kinds and config.model.head in (objective.head, "none"), "config.data.task.objective="
-          f"{data.task.objective} needs config.model.kind={' or '.join(objective.kinds)} and config.model.head="
-          f"{objective.head}, not {kind} and {config.model.head}")
+    if isinstance(data.task, task.Task):
+        objective, kind = task.OBJECTIVES[data.task.objective], config.model.kind
+        check(kind in objective.kinds and config.model.head in (objective.head, "none"), "config.data.task.objective="
+              f"{data.task.objective} needs config.model.kind={' or '.join(objective.kinds)} and config.model.head="
+              f"{objective.head}, not {kind} and {config.model.head}")
     plan_stacks(config.model, moe)  # which raises on blocks that there are not
     check_experts(config.model, moe)
+    check_router_tasks(config.model, moe, len(data.task.names) if isinstance(data.task, mixture.Mixture) else 0)
     if moe.every:
         reason = routing.leak(moe)
         check(reason is None or moe.allow_noncausal_routing or not trunks(config.model)[-1].causal,
@@ -217,64 +226,6 @@ def resolve(config: Config) -> Config:
               "config.moe.routing_group=global decides over the whole batch and cannot be split into "
               f"config.train.microbatches={config.train.microbatches}; use routing_group=sequence or one micro-batch")
     return config
-
-
-def check_experts(model: ModelConfig, moe: MoEConfig) -> None:
-    """Raises `UserError` on merged experts, or experts in few bits, that there cannot be."""
-    design, where = model.architecture, "config.model.architecture"
-    known = routing.get_router(moe.router)
-    check(not design.merged_experts or (known.level == "layer" and known.route is routing.get_router("topk").route
-                                        and design.merged_experts <= moe.num_experts),
-          f"{where}.merged_experts={design.merged_experts} needs a top-k router and no more than config.moe.num_experts="
-          f"{moe.num_experts}; python -m moejax.compress merge makes such models")
-    width, hidden = model.embed // moe.latent_divisor, moe.ffn or model.ffn
-    check(design.expert_bits != 4 or width % 2 == hidden % 2 == 0, f"{where}.expert_bits=4: numbers go in pairs, so the "
-          f"width {width} and the experts' hidden width {hidden} must be even; take 8 bits")
-
-
-def resolve_model(model: ModelConfig) -> ModelConfig:
-    """The settings with a typed `Architecture`. Raises `UserError` on unknown options and on what cannot be together."""
-    given = model.architecture
-    if isinstance(given, Architecture):
-        return model
-    design = build_group(Architecture, given or {}, "config.model.architecture")
-    where, latent = "config.model.architecture", design.latent
-    check(model.kind == "encoder_decoder" or model.encoder_layers is None,
-          f"config.model.encoder_layers={model.encoder_layers} needs config.model.kind=encoder_decoder")
-    if model.kind == "encoder_decoder":
-        without = [name for name in ("sinks", "clip_qkv") if getattr(design, name)] + (["latent"] if latent.rank else [])
-        check(not without and not model.qk_norm, f"{where}.{without[0] if without else 'qk_norm'} is not implemented for "
-              "config.model.kind=encoder_decoder")
-    if design.positions == "relative":
-        least = 2 if model.kind == "decoder" else 4
-        check(design.relative_buckets >= least and design.relative_distance > design.relative_buckets // 2,
-              f"{where}.relative_buckets={design.relative_buckets} must be at least {least}, and relative_distance="
-              f"{design.relative_distance} more than half of them")
-    check(model.kind == "decoder" or "chunked" not in design.attention,
-          f"{where}.attention=chunked is for decoders only; use sliding")
-    check(not design.head_layer or design.activation in PLAIN_ONES,
-          f"{where}.head_layer needs an activation without a gate, not {design.activation}: {', '.join(PLAIN_ONES)}")
-    check(model.kind != "decoder" or model.head == "tokens" or design.pool != "first",
-          f"{where}.pool=first: the first token of a decoder sees nothing of the text; take last or mean")
-    check(not design.pooler or model.head != "tokens", f"{where}.pooler needs config.model.head=classes or none")
-    check(design.start_token < model.vocab_size, f"{where}.start_token={design.start_token} is not in the vocabulary of "
-          f"config.model.vocab_size={model.vocab_size}")
-    check(len(design.attention) > 0, f"{where}.attention must name at least one kind")
-    check(design.window > 0 or not {"sliding", "chunked"} & set(design.attention),
-          f"{where}.attention is {' and '.join(design.attention)}; set {where}.window to how many tokens they see")
-    check(design.rope.scaling not in ("llama3", "yarn") or design.rope.original_length > 0,
-          f"{where}.rope.scaling={design.rope.scaling} needs {where}.rope.original_length")
-    check(not latent.rank or (0 < latent.rotary_dim < model.head_dim and latent.rotary_dim % 2 == 0 and latent.value_dim > 0
-                              and model.kv_heads == model.heads),
-          f"{where}.latent needs an even rotary_dim below config.model.head_dim={model.head_dim}, a value_dim, and "
-          "config.model.kv_heads=config.model.heads")
-    if latent.rank:
-        ignored = [name for name in ("sinks", "attention_scale", "clip_qkv", "temperature_floor") if getattr(design, name)]
-        check(not ignored, f"{where}.{ignored and ignored[0]} has no effect with {where}.latent; leave one of them out")
-        check(design.positions == "rotary" and "unrotated" not in design.attention and not model.qk_norm,
-              f"{where}.latent rotates a part of every head and has norms of its own; leave out positions=learned, "
-              "unrotated blocks and config.model.qk_norm")
-    return dataclasses.replace(model, architecture=design)
 
 
 def build(config: Config) -> Transformer:

@@ -57,13 +57,15 @@ class Mixed(NamedTuple):
 def mixture(config: MoEConfig, router_parameters: Mapping[str, Array], state: Mapping[str, Array], w_in_EDGF: Array,
             w_out_EFD: Array, x_TD: Array, context: RoutingContext, key: Array | None,
             latent: tuple[Array, Array] | None = None, biases: tuple[Array, Array] | None = None,
-            activation: Activation = SWIGLU) -> Mixed:
+            activation: Activation = SWIGLU, seen_TD: Array | None = None) -> Mixed:
     """A mixture of experts as a pure function of [T, D].
 
     `latent` holds the projections into the experts' smaller space and back, if they have one (LatentMoE 2601.18089); the
-    router sees the tokens as they are. `biases` are those of the experts, [E, G, F] and [E, D].
+    router sees the tokens as they are, or `seen_TD` if that is given. `biases` are those of the experts, [E, G, F] and
+    [E, D].
     """
-    routed = get_router(config.router).route(config, router_parameters, state, x_TD, context)
+    seen_TD = x_TD if seen_TD is None else seen_TD
+    routed = get_router(config.router).route(config, router_parameters, state, seen_TD, context)
     if latent is not None:
         x_TD = x_TD @ latent[0]
     if routed.input_scale_T is not None:
@@ -237,6 +239,22 @@ def router_parameters(module: nn.Module, config: MoEConfig, width: int) -> dict[
             for name, own in get_router(config.router).parameters(config, width).items()}
 
 
+TASK_VECTORS = "router_tasks"
+"""The parameter of a sparse layer that holds a vector for each task, [tasks, D]."""
+
+
+def with_task(module: nn.Module, tasks: int, x_TD: Array, task_T: Array | None) -> Array:
+    """What a router sees: its input plus, if it is to know of tasks, the vector of each token's; declared in the module.
+
+    The vectors begin at 0, so that a fresh model routes by its input alone. Of a single task no number is needed.
+    """
+    if not tasks:
+        return x_TD
+    vectors_ND = module.param(TASK_VECTORS, nn.with_logical_partitioning(nn.initializers.zeros, ("router", "embed")),
+                              (tasks, x_TD.shape[1]))
+    return x_TD.astype(jnp.float32) + vectors_ND[0 if task_T is None else task_T]
+
+
 DECISIONS = "decisions"
 """The collection in which the routers' decisions are found, if it is asked for as mutable; else it costs nothing."""
 INPUTS = "inputs"
@@ -287,7 +305,8 @@ class MixtureOfExperts(nn.Module):
             self.param(name, nn.with_logical_partitioning(nn.initializers.zeros, names), shape).astype(self.dtype)
             for name, shape, names in (("b_in", (count, activation.inputs, hidden), ("experts", "gate_up", "expert_ffn")),
                                        ("b_out", (count, width), ("experts", "embed"))))
-        mixed = mixture(config, own, state, w_in_EDGF, w_out_EFD, x_TD, context, key, latent, biases, activation)
+        seen_TD = with_task(self, self.design.router_tasks, x_TD, context.task_T)
+        mixed = mixture(config, own, state, w_in_EDGF, w_out_EFD, x_TD, context, key, latent, biases, activation, seen_TD)
         if not self.is_initializing():
             self.sow(DECISIONS, "assignments", mixed.assignments)
             self.sow(INPUTS, "x_TD", x_TD)

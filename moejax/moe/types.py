@@ -147,6 +147,7 @@ class RoutingContext:
       sequences: B; the tokens are B rows of equal length.
       shards: parts of the batch for losses of scope `shard`.
       train: whether noise and training-only rules apply.
+      task_T: int32 number of the task that a token's row is of, for routers that are to know; or None.
     """
 
     token_ids_T: Array
@@ -158,6 +159,7 @@ class RoutingContext:
     sequences: int = struct.field(pytree_node=False)
     shards: int = struct.field(pytree_node=False)
     train: bool = struct.field(pytree_node=False)
+    task_T: Array | None = None
 
     def groups(self, routing_group: str) -> int:
         """Equal runs of the tokens that are decided on their own, for `config.moe.routing_group`."""

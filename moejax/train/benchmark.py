@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moejax.config import Config
+from moejax.mixture import Mixture
 from moejax.models.count import row_lengths, training_flops
 from moejax.train.setup import Setup, check_trainable, set_up
 
@@ -46,12 +47,14 @@ def random_batch(setup: Setup, rng: np.random.Generator) -> dict[str, np.ndarray
                 f"{prefix}positions": np.broadcast_to(np.arange(length, dtype=np.int32), (rows, length)).copy()}
 
     batch = draw(length) | (draw(source_length, "source_") if source_length else {})
-    objective, classes = config.data.task.objective, config.model.classes
+    task, classes = config.data.task, config.model.classes
+    if isinstance(task, Mixture):
+        batch["task"] = rng.integers(0, len(task.names), rows, dtype=np.int32)
     told = {"classification": lambda: rng.integers(0, classes, rows, dtype=np.int32),
             "multi_label": lambda: rng.integers(0, 2, (rows, classes)).astype(np.float32),
             "regression": lambda: rng.normal(size=rows).astype(np.float32)}
-    if objective in told:
-        return batch | {"targets": told[objective](), "mask": np.ones(rows, bool)}
+    if task.head == "classes":
+        return batch | {"targets": told[task.objective](), "mask": np.ones(rows, bool)}
     return batch | {"targets": np.roll(batch["tokens"], -1, axis=1), "mask": np.ones((rows, length), bool)}
 
 

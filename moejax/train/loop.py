@@ -17,15 +17,14 @@ from jax.sharding import Mesh
 from moejax import processes
 from moejax.checkpoint import Store, open_workdir, place
 from moejax.config import Config, check
-from moejax.data.loader import eval_batches, eval_size, train_loader
+from moejax.data.mixing import open_loader
 from moejax.data.prepare import Prepared, load_prepared, prepare
-from moejax.data.rows import make_rows
-from moejax.evaluation.labels import label_metrics
 from moejax.evaluation.load import load_sharded, model_of
-from moejax.evaluation.perplexity import bits_per_byte, evaluate
 from moejax.exit_status import INTERRUPTED, RunFailed
 from moejax.finetune import Finetune
 from moejax.metrics.record import Recorder, loss_summary, routing_summary, total_records
+from moejax.metrics.tasks import training_summary
+from moejax.mixture import Mixture
 from moejax.models.adapters import ADAPTERS
 from moejax.models.count import row_lengths, training_flops
 from moejax.models.transformer import Transformer, in_head, in_order
@@ -34,7 +33,8 @@ from moejax.train.benchmark import matmul_ceiling
 from moejax.train.best import Best
 from moejax.train.diagnosis import first_unsound
 from moejax.train.health import LAG, Watch
-from moejax.train.progress import Progress, duration
+from moejax.train.held_out import evaluation_line, run_evaluation
+from moejax.train.progress import Progress
 from moejax.train.setup import Setup, check_trainable, describe, set_up
 from moejax.train.state import TrainState
 from moejax.train.teacher import with_teacher
@@ -136,8 +136,7 @@ def _run(setup: Setup, prepared: Prepared, store: Store, recorder: Recorder | No
          stop_requested: Callable[[], bool], taught: Callable[[Any], Any]) -> Finished:
     config, options = setup.config, setup.config.train
     tuning = options.finetune
-    loader = train_loader(make_rows(prepared.train, prepared.tokenizer, config), config,
-                          setup.rows(config.data.batch_size))
+    loader = open_loader(prepared, config, setup.rows(config.data.batch_size))
     agree = processes.agree_by_step()
     state, step, best, watch = start(setup, store, loader)
     latest: deque[Any] = deque(maxlen=LAG + 1)
@@ -147,6 +146,9 @@ def _run(setup: Setup, prepared: Prepared, store: Store, recorder: Recorder | No
     ended = best.exhausted(tuning)
     if step:
         progress.say(f"continuing at step {step}" + ("; all steps are done" if step >= options.steps or ended else ""))
+    if isinstance(config.data.task, Mixture):
+        progress.say("tasks: " + ", ".join(f"{name} {rate:.1%}" for name, rate in zip(config.data.task.names, loader.rates))
+                     + " of the rows")
     meter = Meter(setup)
     evaluation, stopped, failed = None, False, False
     if step < options.steps and not ended:
@@ -270,36 +272,6 @@ def initial_variables(setup: Setup, fresh: Any) -> Any:
     return jax.tree.unflatten(jax.tree.structure(fresh), taken)
 
 
-def run_evaluation(setup: Setup, prepared: Prepared, params: Any, router_state: Any, step: int) -> dict[str, Any]:
-    """Evaluates on the held-out split and returns the record; call it under the setup's mesh."""
-    begin = time.monotonic()
-    config, stream = setup.config, prepared.eval
-    rows = make_rows(stream, prepared.tokenizer, config)
-    batches = eval_batches(rows, config, setup.rows(eval_size(config)))
-    result = evaluate(setup.eval_step, params, router_state, map(setup.put, batches))
-    seconds = time.monotonic() - begin
-    record = {"step": step, "split": "eval", **result.means}
-    if config.data.task.head == "tokens":
-        record["perplexity"] = float(np.exp(min(result.means["loss"], 700.0)))
-    else:
-        record |= label_metrics(config.data.task.objective, result.scores, result.labels)
-        record |= {"labels": list(prepared.labels)} if prepared.labels else {}
-    if config.data.task.objective == "next_token":
-        record["bits_per_byte"] = bits_per_byte(result.means["loss"], len(stream.tokens) - 1, stream.bytes)
-    return record | {"targets": result.targets, "tokens_per_second": result.targets / seconds, "seconds": seconds,
-                     **loss_summary(result.records), **routing_summary(result.records)}
-
-
-def evaluation_line(record: dict[str, Any]) -> str:
-    """One line for people."""
-    shown = {"bits_per_byte": ".4f", "perplexity": ".2f", "accuracy": ".4f", "f1_macro": ".4f", "f1_micro": ".4f",
-             "matthews": ".4f", "spearman": ".4f"}
-    parts = [f"{name.replace('_', ' ')} {record[name]:{form}}" for name, form in shown.items() if name in record]
-    unit = "tokens" if "perplexity" in record else "rows"
-    return "  ".join([f"step {record['step']}", f"held-out loss {record['loss']:.4f}", *parts,
-                      f"({record['targets']:,} {unit} in {duration(record['seconds'])})"])
-
-
 class Meter:
     """Collects what steps report and turns it into one record; does not wait for the device in between."""
 
@@ -338,9 +310,13 @@ class Meter:
         # Skipped steps may hold what is no number, so they count only if there are no others.
         counted = [one for one in collected if not one[0]["skipped"]] or collected
         layers = total_records([records for _, records in counted])
-        means = {name: float(np.mean([means[name] for means, _ in counted])) for name in counted[0][0]}
-        means["skipped"] = sum(int(means["skipped"]) for means, _ in collected)
-        return means | loss_summary(layers) | routing_summary(layers) | {
+        means = {name: np.mean([means[name] for means, _ in counted], axis=0) for name in counted[0][0]}
+        task = config.data.task
+        tasks = training_summary(task.names, means.pop("task_loss"), means.pop("task_targets")
+                                 ) if isinstance(task, Mixture) else {}
+        numbers = {name: float(mean) for name, mean in means.items()}
+        numbers["skipped"] = sum(int(means["skipped"]) for means, _ in collected)
+        return numbers | tasks | loss_summary(layers) | routing_summary(layers) | {
             "tokens_per_second": rate, "utilisation": rate * training_flops(config) / self._ceiling}
 
 

@@ -6,6 +6,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from moejax.metrics.tasks import losses_line
+
 
 class Progress:
     """Shows steps, loss, speed and time left; `say` prints a line above the bar.
@@ -48,7 +50,10 @@ class Progress:
             return
         done = record["step"] - self._first
         left = (time.monotonic() - self._start) / max(done, 1) * (self._last - record["step"])
-        self.say(f"step {record['step']}/{self._last}  loss {record['loss']:.4f}  {speed}  "
+        tasks = losses_line(record)
+        skipped = f"{record['skipped']} steps skipped  " if record.get("skipped") else ""
+        self.say(f"step {record['step']}/{self._last}  loss {record['loss']:.4f}{tasks and f' ({tasks})'}  {skipped}"
+                 f"{speed}  "
                  f"{100 * record['utilisation']:.0f}% of matmul speed  {duration(left)} left")
 
     def close(self) -> None:

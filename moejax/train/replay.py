@@ -8,9 +8,8 @@ import numpy as np
 
 from moejax.checkpoint import Store
 from moejax.config import Config, check
-from moejax.data.loader import train_loader
+from moejax.data.mixing import open_loader
 from moejax.data.prepare import load_prepared
-from moejax.data.rows import make_rows
 from moejax.data.tokenizers import Tokenizer
 from moejax.train.diagnosis import first_unsound
 from moejax.train.loop import start
@@ -40,8 +39,7 @@ def replay(config: Config, workdir: Path, step: int) -> Iterator[str]:
     check_trainable(setup.config)
     config = setup.config
     prepared = load_prepared(workdir / "data")
-    loader = train_loader(make_rows(prepared.train, prepared.tokenizer, config), config,
-                          setup.rows(config.data.batch_size))
+    loader = open_loader(prepared, config, setup.rows(config.data.batch_size))
     store = Store(workdir, read_only=True)
     try:
         with jax.set_mesh(setup.mesh):
@@ -56,7 +54,7 @@ def replay(config: Config, workdir: Path, step: int) -> Iterator[str]:
             reason = first_unsound(config, setup.examine(state, batch))
             limit = watch.limit()
             _, means, _ = setup.train_step(state, batch, *limit)
-            found = {name: float(value) for name, value in jax.device_get(means).items()}
+            found = {name: float(means[name]) for name in ("loss", "gradient_norm", "skipped")}
     finally:
         store.close()
     yield (f"step {step}: loss {found['loss']:.6g}, gradient norm {found['gradient_norm']:.6g}, "

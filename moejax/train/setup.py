@@ -15,13 +15,16 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from moejax import axes, compiler_options, sharding
 from moejax.config import Config, check
 from moejax.evaluation.perplexity import make_eval_step
+from moejax.mixture import Mixture, parts
 from moejax.models import adapters, count, transformer
 from moejax.models.blocks import FINITE
 from moejax.moe.routing import get_router
+from moejax.objectives.by_row import faultless, sums_of_tasks, with_rows
 from moejax.objectives.chunked import over_chunks
 from moejax.objectives.classes import classification, multi_label, regression
 from moejax.objectives.cross_entropy import cross_entropy
 from moejax.objectives.distillation import distillation
+from moejax.task import PAIRS
 from moejax.train.diagnosis import Findings, examine
 from moejax.train.moving import Moving, join, moving
 from moejax.train.optimizer import make_optimizer
@@ -111,7 +114,7 @@ def set_up(config: Config, devices: Sequence[jax.Device] | None = None) -> Setup
         initialise=lambda: jax.jit(start, out_shardings=shardings)(jax.random.PRNGKey(config.seed)),
         plain=jax.jit(partial(adapters.merge, own_logical, options)),
         train_step=step,
-        eval_step=make_eval_step(functions.forward, functions.objective, everywhere, compiling,
+        eval_step=make_eval_step(functions.forward, functions.measure, everywhere, compiling,
                                  with_scores=config.data.task.head == "classes"),
         examine=jax.jit(partial(examine, functions, make_outputs(config, own_logical), config.train.microbatches),
                         out_shardings=everywhere, compiler_options=compiling),
@@ -141,21 +144,45 @@ def make_functions(config: Config, model: transformer.Transformer, chosen: Movin
     per_token = partial(cross_entropy, label_smoothing=task.label_smoothing,
                         head_z_weight=task.head_z_weight)
 
-    weight_C = None if task.class_weights is None else jnp.asarray(task.class_weights)
-    by_row = {"classification": partial(classification, weight_C=weight_C, label_smoothing=task.label_smoothing),
-              "multi_label": multi_label, "regression": regression}
-
     tuning = config.train.finetune
     taught = distillation(per_token, tuning.teacher_weight, tuning.teacher_temperature)
+    tasks = len(task.names) if isinstance(task, Mixture) else 0
+    writes = any(own.data.task.data == PAIRS for own in parts(config).values())
+
+    def of_rows(x: Array, batch: Mapping[str, Array]) -> tuple[Array, dict[str, Array]]:
+        weight_C = None if task.class_weights is None else jnp.asarray(task.class_weights)
+        by_row = {"classification": partial(classification, weight_C=weight_C, label_smoothing=task.label_smoothing),
+                  "multi_label": multi_label, "regression": regression}
+        return by_row[task.objective](x, batch["targets"], batch["mask"])
+
+    def of_tokens(params: Any, x: Array, batch: Mapping[str, Array], by_row: bool) -> tuple[Array, dict[str, Array]]:
+        head_DV, chunk = transformer.head(model, params), config.train.loss_chunk
+        rows, chosen = [batch["targets"], batch["mask"]], per_token
+        if TEACHER in batch:
+            rows, chosen = [*rows, batch[TEACHER]], taught
+        if by_row:
+            count = len(batch["mask"])
+            rows.append(jnp.broadcast_to(jnp.arange(count)[:, None], batch["mask"].shape))
+            chosen = with_rows(chosen, count)
+        return over_chunks(chosen, chunk, head_DV, x, *rows)
 
     def objective(params: Any, x: Array, batch: Mapping[str, Array]) -> tuple[Array, dict[str, Array]]:
-        rows = [batch["targets"], batch["mask"]]
         if not by_token:
-            return by_row[task.objective](x, *rows)
-        head_DV, chunk = transformer.head(model, params), config.train.loss_chunk
-        if TEACHER in batch:
-            return over_chunks(taught, chunk, head_DV, x, *rows, batch[TEACHER])
-        return over_chunks(per_token, chunk, head_DV, x, *rows)
+            return of_rows(x, batch)
+        total, sums = of_tokens(params, x, batch, by_row=tasks > 0)
+        if tasks:
+            sums.pop("row_errors")
+            sums |= sums_of_tasks(sums.pop("row_loss"), batch["mask"], batch["task"], tasks)
+        return total, sums
+
+    def measure(params: Any, x: Array, batch: Mapping[str, Array]) -> tuple[Array, dict[str, Array]]:
+        if not by_token:
+            return of_rows(x, batch)
+        total, sums = of_tokens(params, x, batch, by_row=writes)
+        if writes:
+            sums.pop("row_loss")
+            sums |= faultless(sums.pop("row_errors"), batch["mask"])
+        return total, sums
 
     router = get_router(config.moe.router)
     sparse = config.moe.every > 0
@@ -165,6 +192,7 @@ def make_functions(config: Config, model: transformer.Transformer, chosen: Movin
         totals=lambda batch: transformer.count_totals(batch["segments"], batch.get("source_segments")),
         forward=forward,
         objective=objective,
+        measure=measure,
         wholes=transformer.statistics_of if sparse and router.needs_whole(config.moe) else None,
         update_router=partial(transformer.update_router_state, config.moe),
         loss_weights=router.loss_weights(config.moe) if sparse else {})

@@ -25,6 +25,7 @@ class Functions(NamedTuple):
       totals: batch -> the `totals` argument of `forward`.
       forward: (params, router_state, batch, train, key, totals, wholes) -> (x, records), x being what the objective takes.
       objective: (params, x, batch) -> (sum to minimise, sums to report).
+      measure: the same, with what evaluations report.
       wholes: records -> the `wholes` argument of `forward`; None if no loss needs the statistics of the whole batch.
       update_router: (router_state, records) -> router_state.
       loss_weights: weight of each router loss, which is averaged over the sparse layers.
@@ -35,6 +36,7 @@ class Functions(NamedTuple):
     totals: Callable[[Batch], Any]
     forward: Callable[..., tuple[Array, Any]]
     objective: Callable[[Any, Array, Batch], tuple[Array, dict[str, Array]]]
+    measure: Callable[[Any, Array, Batch], tuple[Array, dict[str, Array]]]
     wholes: Callable[[Any], Any] | None
     update_router: Callable[[Any, Any], Any]
     loss_weights: Mapping[str, float]
