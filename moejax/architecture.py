@@ -39,6 +39,8 @@ class Latent:
     query_rank: int = key(0, "width of the latent of queries; 0 has none", low=0)
     rotary_dim: int = key(0, "last dimensions of a head that are rotated, in keys one vector for all heads", low=0)
     value_dim: int = key(0, "width of a value", low=0)
+    scaled: bool = key(False, "multiply each latent by the root of model width over its own, which keeps the variance of "
+                       "what is made of it (LongCat-Flash 2509.01322)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +76,8 @@ class Architecture:
     temperature_scale: float = key(0.1, "factor on that logarithm", low=0)
     activation: str = key("swiglu", "non-linearity of feed-forward layers and experts", choices=ACTIVATIONS)
     clamp: float = key(7.0, "clamped_swiglu: bound on its inputs", low=0)
+    shortcut: bool = key(False, "sparse blocks keep their dense feed-forward layer beside the experts, whose output joins "
+                         "the stream only at the end of the next block, or behind the last (ScMoE 2404.05019)")
     ffn_bias: bool = key(False, "biases of dense feed-forward layers and shared experts")
     expert_bias: bool = key(False, "biases of experts")
     expert_bits: int = key(0, "bits in which experts' matrices are stored, for inference; 0 are numbers that are trained",

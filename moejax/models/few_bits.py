@@ -7,6 +7,7 @@ import jax
 
 from moejax.config import check
 from moejax.models import transformer
+from moejax.models.checks import check_experts
 from moejax.models.stacks import sparse_places
 from moejax.moe.weights import quantise
 
@@ -24,7 +25,7 @@ def in_few_bits(model: transformer.Transformer, variables: Mapping[str, Any], bi
     check(bool(sparse) and not model_config.architecture.expert_bits, "this model has no experts that are not in few bits "
           "already")
     design = dataclasses.replace(model_config.architecture, expert_bits=bits)
-    transformer.check_experts(dataclasses.replace(model_config, architecture=design), moe)
+    check_experts(dataclasses.replace(model_config, architecture=design), moe)
     params = dict(variables["params"])
     for stack, block in sparse:
         own = dict(params[stack][block]["moe"])

@@ -12,17 +12,17 @@ from jax import Array
 from jax.sharding import PartitionSpec
 
 from moejax import axes, finetune, sharding, task
-from moejax.architecture import Architecture
-from moejax.config import Config, ModelConfig, MoEConfig, build_group, check
+from moejax.config import Config, ModelConfig, MoEConfig, check
 from moejax.layers.attention import Cache, Encoded
 from moejax.layers.embedding import Embedding
-from moejax.layers.mlp import PLAIN_ONES
 from moejax.layers.norm import make_norm
 from moejax.layers.pool import Pooled
 from moejax.layers.relative import RelativeBias
 from moejax.models.blocks import Run, passes_blocks
+from moejax.models.checks import check_experts, resolve_model
 from moejax.models.sight import distances, look
 from moejax.models.stacks import ENCODER, Stack, Trunk, plan_stacks, trunk_stacks, trunks
+from moejax.models.stream import Stream
 from moejax.moe import routing
 from moejax.moe.layer import DECISIONS, INPUTS, INTO
 from moejax.moe.types import LayerRecord, RoutingContext, Totals
@@ -144,7 +144,8 @@ class Transformer(nn.Module):
         shared = (sight, at, context)
 
         carried = routing.get_router(self.moe.router).carry(self.moe) if self.moe.every else 0
-        stream = x_BLD, jnp.zeros((tokens_BL.size, carried)) if carried else None
+        stream = Stream(x_BLD, jnp.zeros((tokens_BL.size, carried)) if carried else None,
+                        jnp.zeros_like(x_BLD) if model.architecture.shortcut else None)
         records, new_cache = {}, {}
         for name, stack in trunk_stacks(model, self.moe, trunk).items():
             per_layer = (router_state.get(name, {}), (wholes or {}).get(name, {}), (cache or {}).get(name, {}))
@@ -161,13 +162,13 @@ class Transformer(nn.Module):
                 records[name] = stack_records
             if stack_cache:
                 new_cache[name] = stack_cache
-        x_BLD = stream[0]
+        x_BLD = stream.x_BLD if stream.late_BLD is None else stream.x_BLD + stream.late_BLD
         if model.architecture.final_norm:
             x_BLD = make_norm(model.architecture.norm, model.norm_eps, f"{trunk.prefix}final_norm")(x_BLD)
         return x_BLD, records, new_cache or None
 
-    def one_by_one(self, name: str, stack: Stack, stream: tuple[Array, Array | None], per_layer: tuple[Any, Any, Any],
-                   *shared: Any) -> tuple[tuple[Array, Array | None], tuple[Any, tuple[Any, ...]]]:
+    def one_by_one(self, name: str, stack: Stack, stream: Stream, per_layer: tuple[Any, Any, Any], *shared: Any
+                   ) -> tuple[Stream, tuple[Any, tuple[Any, ...]]]:
         """What a scan over a stack's repeats does, without one; returns the caches as a tuple over repeats."""
         params, *rest = (by_layer(tree, stack.repeats) for tree in (self.variables["params"][name], *per_layer))
         records, caches = [], []
@@ -216,64 +217,6 @@ def resolve(config: Config) -> Config:
               "config.moe.routing_group=global decides over the whole batch and cannot be split into "
               f"config.train.microbatches={config.train.microbatches}; use routing_group=sequence or one micro-batch")
     return config
-
-
-def check_experts(model: ModelConfig, moe: MoEConfig) -> None:
-    """Raises `UserError` on merged experts, or experts in few bits, that there cannot be."""
-    design, where = model.architecture, "config.model.architecture"
-    known = routing.get_router(moe.router)
-    check(not design.merged_experts or (known.level == "layer" and known.route is routing.get_router("topk").route
-                                        and design.merged_experts <= moe.num_experts),
-          f"{where}.merged_experts={design.merged_experts} needs a top-k router and no more than config.moe.num_experts="
-          f"{moe.num_experts}; python -m moejax.compress merge makes such models")
-    width, hidden = model.embed // moe.latent_divisor, moe.ffn or model.ffn
-    check(design.expert_bits != 4 or width % 2 == hidden % 2 == 0, f"{where}.expert_bits=4: numbers go in pairs, so the "
-          f"width {width} and the experts' hidden width {hidden} must be even; take 8 bits")
-
-
-def resolve_model(model: ModelConfig) -> ModelConfig:
-    """The settings with a typed `Architecture`. Raises `UserError` on unknown options and on what cannot be together."""
-    given = model.architecture
-    if isinstance(given, Architecture):
-        return model
-    design = build_group(Architecture, given or {}, "config.model.architecture")
-    where, latent = "config.model.architecture", design.latent
-    check(model.kind == "encoder_decoder" or model.encoder_layers is None,
-          f"config.model.encoder_layers={model.encoder_layers} needs config.model.kind=encoder_decoder")
-    if model.kind == "encoder_decoder":
-        without = [name for name in ("sinks", "clip_qkv") if getattr(design, name)] + (["latent"] if latent.rank else [])
-        check(not without and not model.qk_norm, f"{where}.{without[0] if without else 'qk_norm'} is not implemented for "
-              "config.model.kind=encoder_decoder")
-    if design.positions == "relative":
-        least = 2 if model.kind == "decoder" else 4
-        check(design.relative_buckets >= least and design.relative_distance > design.relative_buckets // 2,
-              f"{where}.relative_buckets={design.relative_buckets} must be at least {least}, and relative_distance="
-              f"{design.relative_distance} more than half of them")
-    check(model.kind == "decoder" or "chunked" not in design.attention,
-          f"{where}.attention=chunked is for decoders only; use sliding")
-    check(not design.head_layer or design.activation in PLAIN_ONES,
-          f"{where}.head_layer needs an activation without a gate, not {design.activation}: {', '.join(PLAIN_ONES)}")
-    check(model.kind != "decoder" or model.head == "tokens" or design.pool != "first",
-          f"{where}.pool=first: the first token of a decoder sees nothing of the text; take last or mean")
-    check(not design.pooler or model.head != "tokens", f"{where}.pooler needs config.model.head=classes or none")
-    check(design.start_token < model.vocab_size, f"{where}.start_token={design.start_token} is not in the vocabulary of "
-          f"config.model.vocab_size={model.vocab_size}")
-    check(len(design.attention) > 0, f"{where}.attention must name at least one kind")
-    check(design.window > 0 or not {"sliding", "chunked"} & set(design.attention),
-          f"{where}.attention is {' and '.join(design.attention)}; set {where}.window to how many tokens they see")
-    check(design.rope.scaling not in ("llama3", "yarn") or design.rope.original_length > 0,
-          f"{where}.rope.scaling={design.rope.scaling} needs {where}.rope.original_length")
-    check(not latent.rank or (0 < latent.rotary_dim < model.head_dim and latent.rotary_dim % 2 == 0 and latent.value_dim > 0
-                              and model.kv_heads == model.heads),
-          f"{where}.latent needs an even rotary_dim below config.model.head_dim={model.head_dim}, a value_dim, and "
-          "config.model.kv_heads=config.model.heads")
-    if latent.rank:
-        ignored = [name for name in ("sinks", "attention_scale", "clip_qkv", "temperature_floor") if getattr(design, name)]
-        check(not ignored, f"{where}.{ignored and ignored[0]} has no effect with {where}.latent; leave one of them out")
-        check(design.positions == "rotary" and "unrotated" not in design.attention and not model.qk_norm,
-              f"{where}.latent rotates a part of every head and has norms of its own; leave out positions=learned, "
-              "unrotated blocks and config.model.qk_norm")
-    return dataclasses.replace(model, architecture=design)
 
 
 def build(config: Config) -> Transformer:

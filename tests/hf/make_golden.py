@@ -109,6 +109,11 @@ MODELS = {
                           attn_config={"kv_n_heads": 2, "clip_qkv": 2.0, "rope_theta": 500.0},
                           ffn_config={"ffn_hidden_size": (14, 16), "moe_num_experts": 6, "moe_top_k": 2,
                                       "ffn_act_fn": {"name": "silu"}})),
+    "longcat_flash": ("LongcatFlash", LATENT | ROPE | dict(
+        vocab_size=(44, 16), hidden_size=(24, 16), num_layers=2, num_attention_heads=(4, 2), head_dim=(4, 8),
+        ffn_hidden_size=(34, 16), expert_ffn_hidden_size=(14, 16), n_routed_experts=6, zero_expert_num=3, moe_topk=3,
+        routed_scaling_factor=1.7, attention_bias=(True, False), max_position_embeddings=64, pad_token_id=0,
+        bos_token_id=1, eos_token_id=2)),
     "bert": ("BertForMaskedLM", BERT),
     "bert_classifier": ("BertForSequenceClassification", BERT | {"num_labels": 5}),
     "bert_encoder": ("BertModel", BERT),
@@ -118,9 +123,11 @@ MODELS = {
         "d_ff": (14, 16), "num_layers": 4, "num_sparse_encoder_layers": 2, "num_sparse_decoder_layers": 1, "num_experts": 6,
         "expert_capacity": 2, "router_jitter_noise": 0.1}),
 }
-WHOLE = ("GPT2", "Dbrx", "T5", "SwitchTransformers", "BertForMaskedLM", "BertForSequenceClassification", "BertModel")
+WHOLE = ("GPT2", "Dbrx", "LongcatFlash", "T5", "SwitchTransformers", "BertForMaskedLM",
+         "BertForSequenceClassification", "BertModel")
 """Kinds whose settings are all given above."""
 CLASSES = {"Dbrx": "DbrxForCausalLM", "GPT2": "GPT2LMHeadModel", "Llama4Text": "Llama4ForCausalLM",
+           "LongcatFlash": "LongcatFlashForCausalLM",
            "T5": "T5ForConditionalGeneration", "SwitchTransformers": "SwitchTransformersForConditionalGeneration"}
 
 
@@ -139,7 +146,7 @@ def randomise(net, seed):
         for name, p in named.items():
             draw = torch.randn(p.shape, generator=generator)
             if "correction_bias" in name:
-                value = (0.02 if net.config.model_type == "ernie4_5_moe" else 0.1) * draw
+                value = (0.02 if net.config.model_type in ("ernie4_5_moe", "longcat_flash") else 0.1) * draw
             elif "norm" in name.lower() or ".ln_" in name:
                 value = 0.3 * draw + (0 if name.endswith("bias") else 1)
             elif p.ndim == 1 or name.endswith("bias"):
@@ -149,6 +156,8 @@ def randomise(net, seed):
             else:
                 value = 1.5 * draw / p.shape[-1]**0.5
             p.copy_(value.bfloat16().float())
+        for experts in (module for module in net.modules() if type(module).__name__ == "LongcatFlashExperts"):
+            experts.gate_up_proj[experts.num_routed_experts:] = 0  # of identity experts, which have no use for them
 
 
 class Combine:
