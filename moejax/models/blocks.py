@@ -1,7 +1,7 @@
 """A block of the Transformer, and a run of blocks as it is scanned."""
 
 from functools import partial
-from typing import Any
+from typing import Any, Mapping
 
 import flax.linen as nn
 import jax
@@ -15,7 +15,8 @@ from moejax.layers.latent import LatentAttention
 from moejax.layers.mlp import FeedForward, dropout
 from moejax.layers.norm import make_norm
 from moejax.models.depths import DepthRouted
-from moejax.models.stacks import Kind
+from moejax.models.heads import ExpertAttention
+from moejax.models.stacks import HEADS, Kind
 from moejax.models.stream import Stream
 from moejax.moe import routing
 from moejax.moe.layer import MixtureOfExperts
@@ -43,9 +44,9 @@ class Block(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, stream: Stream, state: Any, whole: Any, cache: Cache | None, sight: Sight, at: Array | None,
-                 context: RoutingContext) -> tuple[Stream, LayerRecord | None, Any]:
-        """Returns the stream, the record of a sparse layer (else None) and the new cache."""
+    def __call__(self, stream: Stream, states: Mapping[str, Any], wholes: Mapping[str, Any], cache: Cache | None,
+                 sight: Sight, at: Array | None, context: RoutingContext) -> tuple[Stream, dict[str, LayerRecord], Any]:
+        """Returns the stream, the records of routers and the new cache. Routers go by "" and `HEADS`."""
         model, moe, design, x_BLD = self.model, self.moe, self.model.architecture, stream.x_BLD
         out_scale = (2 * model.layers)**-0.5  # keeps the residual stream's variance independent of depth
         drop_key = self.make_rng("dropout") if context.train and model.dropout > 0 else None
@@ -65,9 +66,15 @@ class Block(nn.Module):
             x_BLD = x_BLD + weighted(norm(y_BLD) if design.norm_place == "output" else y_BLD, key)
             return norm(x_BLD) if design.norm_place == "sum" else x_BLD
 
-        attention = (LatentAttention if design.latent.rank else Attention)(
-            model, self.kind.attention, out_scale, self.dtype, name="attention")
-        y_BLD, cache = attention(enter(attention_norm, x_BLD), sight, cache, at)
+        records, h_BLD = {}, enter(attention_norm, x_BLD)
+        if self.kind.sparse and design.expert_heads:
+            attention = ExpertAttention(model, moe, self.kind.attention, out_scale, self.dtype, name="attention")
+            y_BLD, cache, records[HEADS] = attention(h_BLD, sight, cache, at, states[HEADS],
+                                                     context.replace(whole=wholes[HEADS]))
+        else:
+            attention = (LatentAttention if design.latent.rank else Attention)(
+                model, self.kind.attention, out_scale, self.dtype, name="attention")
+            y_BLD, cache = attention(h_BLD, sight, cache, at)
         x_BLD = leave(attention_norm, x_BLD, y_BLD, attention_key)
 
         if self.kind.cross:
@@ -76,11 +83,11 @@ class Block(nn.Module):
             y_BLD, cache = cross(enter(cross_norm, x_BLD), sight.encoded, cache)
             x_BLD = leave(cross_norm, x_BLD, y_BLD, cross_key)
 
-        h_BLD, routed_BLD, record = enter(feed_forward_norm, x_BLD), None, None
+        h_BLD, routed_BLD = enter(feed_forward_norm, x_BLD), None
         if self.kind.sparse:
             hidden = moe.ffn or model.ffn
-            routed_BLD, record, carry_TC = MixtureOfExperts(moe, hidden, out_scale, self.dtype, design, name="moe")(
-                h_BLD, state, context.replace(whole=whole, carry_TC=stream.carry_TC))
+            routed_BLD, records[""], carry_TC = MixtureOfExperts(moe, hidden, out_scale, self.dtype, design, name="moe")(
+                h_BLD, states[""], context.replace(whole=wholes[""], carry_TC=stream.carry_TC))
             stream = stream.replace(carry_TC=carry_TC)
             if moe.shared_experts:
                 width = moe.shared_ffn or moe.shared_experts * hidden
@@ -94,7 +101,7 @@ class Block(nn.Module):
             x_BLD += stream.late_BLD
             late_BLD = weighted(routed_BLD, late_key) if self.kind.sparse else jnp.zeros_like(x_BLD)
             stream = stream.replace(late_BLD=late_BLD)
-        return stream.replace(x_BLD=x_BLD), record, cache
+        return stream.replace(x_BLD=x_BLD), records, cache
 
     def shared_logits(self, h_BLD: Array) -> Array | None:
         """Scores of the shared experts (sigmoid), or of them and the routed ones (softmax), for each token, float32."""
@@ -134,10 +141,10 @@ class Run(nn.Module):
                                                                   self.dtype))
             if self.remat != "none":
                 block = nn.remat(block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
-            stream, record, cache = block(*settings, name=name)(
-                stream, states.get(name, {}), wholes.get(name), caches.get(name), *shared)
-            if record is not None:
-                records[name] = record
+            own = ({kind: given.get(f"{name}{kind}", default) for kind in ("", HEADS)}
+                   for given, default in ((states, {}), (wholes, None)))
+            stream, told, cache = block(*settings, name=name)(stream, *own, caches.get(name), *shared)
+            records |= {f"{name}{kind}": record for kind, record in told.items()}
             if cache is not None:
                 new_caches[name] = cache
         return stream, (records, new_caches)

@@ -18,9 +18,25 @@ def check_experts(model: ModelConfig, moe: MoEConfig) -> None:
           f"{moe.num_experts}; python -m moejax.compress merge makes such models")
     check(not design.shortcut or known.level == "layer", f"{where}.shortcut needs experts that a block's output can do "
           f"without for a while; config.moe.router={moe.router} lets tokens pass whole blocks")
+    if moe.every and design.expert_heads:
+        check_heads(model, moe)
     width, hidden = model.embed // moe.latent_divisor, moe.ffn or model.ffn
     check(design.expert_bits != 4 or width % 2 == hidden % 2 == 0, f"{where}.expert_bits=4: numbers go in pairs, so the "
           f"width {width} and the experts' hidden width {hidden} must be even; take 8 bits")
+
+
+def check_heads(model: ModelConfig, moe: MoEConfig) -> None:
+    """Raises `UserError` on experts that are attention heads, where there cannot be such."""
+    design, where = model.architecture, "config.model.architecture.expert_heads"
+    check(routing.get_router(moe.router).route is routing.get_router("topk").route and moe.options.gate == "output",
+          f"{where} needs a top-k router that weighs outputs, not config.moe.router={moe.router}")
+    check(model.heads == model.kv_heads * moe.experts_per_token, f"{where}: a token has the heads of its config.moe."
+          f"experts_per_token={moe.experts_per_token} experts, config.model.kv_heads={model.kv_heads} each, so set "
+          f"config.model.heads to {model.kv_heads * moe.experts_per_token}, not {model.heads}")
+    others = {"latent": bool(design.latent.rank), "qkv_bias": design.qkv_bias,
+              "merged_experts": design.merged_experts is not None}
+    found = [name for name, there in others.items() if there]
+    check(not found, f"{where} is not implemented together with config.model.architecture.{found and found[0]}")
 
 
 def resolve_model(model: ModelConfig) -> ModelConfig:

@@ -114,6 +114,10 @@ MODELS = {
         ffn_hidden_size=(34, 16), expert_ffn_hidden_size=(14, 16), n_routed_experts=6, zero_expert_num=3, moe_topk=3,
         routed_scaling_factor=1.7, attention_bias=(True, False), max_position_embeddings=64, pad_token_id=0,
         bos_token_id=1, eos_token_id=2)),
+    "jetmoe": ("JetMoe", ROPE | dict(
+        vocab_size=(44, 16), hidden_size=(24, 16), num_hidden_layers=2, num_key_value_heads=2, kv_channels=(10, 8),
+        intermediate_size=(14, 16), num_local_experts=6, num_experts_per_tok=(3, 2), rms_norm_eps=0.01, aux_loss_coef=0.02,
+        tie_word_embeddings=(True, False), max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2)),
     "bert": ("BertForMaskedLM", BERT),
     "bert_classifier": ("BertForSequenceClassification", BERT | {"num_labels": 5}),
     "bert_encoder": ("BertModel", BERT),
@@ -123,11 +127,11 @@ MODELS = {
         "d_ff": (14, 16), "num_layers": 4, "num_sparse_encoder_layers": 2, "num_sparse_decoder_layers": 1, "num_experts": 6,
         "expert_capacity": 2, "router_jitter_noise": 0.1}),
 }
-WHOLE = ("GPT2", "Dbrx", "LongcatFlash", "T5", "SwitchTransformers", "BertForMaskedLM",
+WHOLE = ("GPT2", "Dbrx", "LongcatFlash", "JetMoe", "T5", "SwitchTransformers", "BertForMaskedLM",
          "BertForSequenceClassification", "BertModel")
 """Kinds whose settings are all given above."""
 CLASSES = {"Dbrx": "DbrxForCausalLM", "GPT2": "GPT2LMHeadModel", "Llama4Text": "Llama4ForCausalLM",
-           "LongcatFlash": "LongcatFlashForCausalLM",
+           "LongcatFlash": "LongcatFlashForCausalLM", "JetMoe": "JetMoeForCausalLM",
            "T5": "T5ForConditionalGeneration", "SwitchTransformers": "SwitchTransformersForConditionalGeneration"}
 
 
@@ -170,6 +174,8 @@ class Combine:
                 module.register_forward_hook(self.hook)
             elif type(module).__name__ == "DbrxExperts":  # whose router returns logits only
                 module.register_forward_hook(self.experts_hook)
+            elif type(module).__name__ == "JetMoeTopKGating":  # of attention, then of the feed-forward layer
+                module.register_forward_hook(self.sorted_hook)
 
     def experts_hook(self, module, inputs, outputs):
         """Keeps what the experts of a layer are given to weigh their results with."""
@@ -177,6 +183,13 @@ class Combine:
         _, chosen, weights = inputs
         dense = torch.zeros(chosen.shape[0], module.num_experts).scatter(1, chosen, weights.float())
         self.found.append(dense.detach().numpy())
+
+    def sorted_hook(self, module, inputs, outputs):
+        """Keeps what a router returned, as a list of tokens and weights in the order of experts."""
+        _, token, weight, sizes, logits = outputs
+        dense = torch.zeros_like(logits)
+        dense[token, torch.repeat_interleave(torch.arange(module.num_experts), torch.tensor(sizes))] = weight
+        self.found.append(dense.numpy())
 
     def hook(self, module, inputs, outputs):
         """Keeps what one router returned."""

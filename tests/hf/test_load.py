@@ -128,7 +128,7 @@ def test_experts_of_a_layer_in_one_tensor_give_the_same(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["qwen2_moe", *(pytest.param(name, marks=pytest.mark.slow) for name in (
-    "deepseek_v3", "longcat_flash"))])
+    "deepseek_v3", "longcat_flash", "jetmoe"))])
 def test_on_eight_devices_every_parameter_is_the_same_and_split(name):
     mesh = sharding.make_mesh(MeshConfig(data=2, expert=2, model=2))
     model, params = from_hf(GOLDEN / name, mesh)
@@ -169,6 +169,17 @@ def test_what_experts_that_copy_have_on_disk_may_be_missing_or_anything_of_the_r
 def test_options_of_longcat_that_are_not_implemented_are_named(options, message, tmp_path):
     with pytest.raises(UserError, match=message):
         read_config(changed(tmp_path, "longcat_flash", config=options))
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"activation_function": "gelu"}, "activation_function='gelu' is not supported"),
+    ({"num_attention_heads": 4}, "num_attention_heads=4 is not supported, only 6"),
+    ({"attention_bias": True}, "attention_bias=True is not implemented for this family"),
+    ({"num_experts_per_tok": 7, "num_attention_heads": 14}, "experts_per_token=7 is more than config.moe.num_experts=6"),
+])
+def test_options_of_jetmoe_that_are_not_implemented_are_named(options, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        read_config(changed(tmp_path, "jetmoe", config=options))
 
 
 def test_every_element_of_every_parameter_is_filled_once():

@@ -13,7 +13,7 @@ from moejax.models import count, transformer
 
 def config_of(sparse=(0, 2), layers=3, **changes):
     return tiny_config(**{"model__layers": layers, "moe__sparse_blocks": sparse, "moe__first_dense": 0,
-                          "model__architecture": {"shortcut": True}, **changes})
+                          "moe__dispatch": "dense", "model__architecture": {"shortcut": True}, **changes})
 
 
 def hidden(model, params, state, batch):
@@ -40,10 +40,10 @@ def test_what_experts_give_joins_behind_all_of_the_next_block():
     np.testing.assert_allclose(both - none, (first - none) / 2 + (second - none) / 3, atol=2e-5)
 
 
-def learning():
+def learning(layers, **changes):
     """A model, its parameters, and a jitted function to gradients and records."""
-    config = config_of((0,), 2, model__vocab_size=38, moe__router="longcat", moe__experts_per_token=3, moe__num_experts=4,
-                       moe__options={"copy": 2}, moe__balance_weight=0.01)
+    config = config_of((0,), layers, model__vocab_size=38, moe__router="longcat", moe__experts_per_token=3,
+                       moe__num_experts=4, moe__options={"copy": 2}, moe__balance_weight=0.01, **changes)
     batch, (model, params, state) = tiny_batch(config), tiny_model(config)
 
     @jax.jit
@@ -56,7 +56,7 @@ def learning():
 
 
 def test_routers_learn_and_tell_their_losses():
-    params, differentiate = learning()
+    params, differentiate = learning(1)
     gradients, records = differentiate(params)
     record = records["stack_0"]["block_0"]
     assert set(record.losses) == {"balance", "router_z"} and (np.asarray(record.losses["balance"]) > 0).all()
@@ -65,7 +65,7 @@ def test_routers_learn_and_tell_their_losses():
 
 @pytest.mark.slow
 def test_a_mesh_changes_no_gradient():
-    params, differentiate = learning()
+    params, differentiate = learning(2, moe__dispatch="auto")
     gradients, _ = differentiate(params)
     with jax.set_mesh(sharding.make_mesh(MeshConfig(data=2, expert=2, model=2))):
         split, _ = differentiate(params)
