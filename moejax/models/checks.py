@@ -9,7 +9,7 @@ from moejax.moe import routing
 
 
 def check_experts(model: ModelConfig, moe: MoEConfig) -> None:
-    """Raises `UserError` on merged experts, or experts in few bits, that there cannot be."""
+    """Raises `UserError` on options of sparse blocks that the router or a size does not allow."""
     design, where = model.architecture, "config.model.architecture"
     known = routing.get_router(moe.router)
     check(not design.merged_experts or (known.level == "layer" and known.route is routing.get_router("topk").route

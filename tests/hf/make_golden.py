@@ -6,7 +6,8 @@ Each folder NAME holds config.json and model.safetensors as transformers saves t
 
     ids, mask, left_ids, left_mask    three prompts padded on the right, and on the left
     logits, left_logits               float32; those at padding mean nothing
-    combine_N                         [tokens, experts] of the N-th sparse layer, right-padded: each expert's weight
+    combine_N                         [tokens, experts] of the N-th sparse layer, right-padded: each expert's weight;
+                                      attention before feed-forward layers, and experts that only copy behind others
     greedy                            eight tokens a prompt, each alone, with the key-value cache
     loss                              mean next-token loss of the right-padded batch
     types, left_types                 encoders: token types; their loss is of all tokens, or of labels 0, 1, 2

@@ -16,8 +16,7 @@ BOTH = {"block_0", "block_0_heads"}
 
 def config_of(**changes):
     return tiny_config(**{"model__layers": 2, "moe__first_dense": 0, "moe__bias_rate": 0.01, "moe__balance_weight": 0.01,
-                          "moe__dispatch": "dense",
-                          "model__architecture": {"expert_heads": True}, **changes})
+                          "moe__dispatch": "dense", "model__architecture": {"expert_heads": True}, **changes})
 
 
 def run(model, params, state, batch, **options):
