@@ -39,6 +39,8 @@ class Latent:
     query_rank: int = key(0, "width of the latent of queries; 0 has none", low=0)
     rotary_dim: int = key(0, "last dimensions of a head that are rotated, in keys one vector for all heads", low=0)
     value_dim: int = key(0, "width of a value", low=0)
+    scaled: bool = key(False, "multiply each latent by the root of model width over its own, which keeps the variance of "
+                       "what is made of it (LongCat-Flash 2509.01322)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Architecture:
                           "(OLMo 2), or on the sum with the stream (BERT)", choices=("input", "output", "sum"))
     embedding_norm: bool = key(False, "a norm on the embedding (BERT)")
     final_norm: bool = key(True, "a norm behind the last block")
+    final_norm_eps: float | None = key(None, "its own eps; None takes config.model.norm_eps (JetMoE)", low=0)
     token_types: int = key(0, "kinds of token that have a vector each, such as first and second sentence (BERT)", low=0)
     positions: str = key("rotary", "what tells positions; relative: a learned score a head for each distance (T5)",
                          choices=("rotary", "learned", "relative", "none"))
@@ -61,6 +64,9 @@ class Architecture:
     window: int = key(0, "tokens that sliding attention sees, itself included; size of the parts of chunked attention",
                       low=0)
     latent: Latent = dataclasses.field(default_factory=Latent)
+    expert_heads: bool = key(False, "attention of sparse blocks has experts, too: a second router takes a token to K that "
+                             "make its queries and read its heads, kv_heads each; keys and values are for all, and "
+                             "config.moe is for both layers (mixture of attention heads 2210.05144, JetMoE 2404.07413)")
     attention_scale: float | None = key(None, "factor on scores; None is 1/sqrt(head_dim)", low=0)
     qkv_bias: bool = key(False, "biases of the query, key and value projections (of the down projections of latents)")
     output_bias: bool = key(False, "bias of attention's output projection")
@@ -74,8 +80,11 @@ class Architecture:
     temperature_scale: float = key(0.1, "factor on that logarithm", low=0)
     activation: str = key("swiglu", "non-linearity of feed-forward layers and experts", choices=ACTIVATIONS)
     clamp: float = key(7.0, "clamped_swiglu: bound on its inputs", low=0)
+    shortcut: bool = key(False, "sparse blocks keep their dense feed-forward layer beside the experts, whose output joins "
+                         "the stream only at the end of the next block, or behind the last (ScMoE 2404.05019)")
     ffn_bias: bool = key(False, "biases of dense feed-forward layers and shared experts")
     expert_bias: bool = key(False, "biases of experts")
+    mixture_bias: bool = key(False, "a bias on what the experts of a token give together (JetMoE)")
     expert_bits: int = key(0, "bits in which experts' matrices are stored, for inference; 0 are numbers that are trained",
                            choices=(0, 4, 8))
     merged_experts: int | None = key(None, "experts that there are, if those that the router knows have been merged", low=1)

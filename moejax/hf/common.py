@@ -1,6 +1,6 @@
 """Settings and tables that families of decoders share. Names on disk are those of Llama unless they are given."""
 
-from typing import Any, Callable, Iterator, Sequence
+from typing import Any, Callable, Iterator, Mapping, Sequence
 
 from moejax.architecture import PLAIN
 from moejax.config import ModelConfig, MoEConfig, check
@@ -26,18 +26,19 @@ EXPERTS = {"count": "num_local_experts", "width": "intermediate_size"}
 """Names of the options of `read_experts` in families whose layers are all sparse, mostly."""
 
 
-def read_model(options: Options, *, ffn: str = "intermediate_size", tied: bool = False, base: Any = REQUIRED,
-               fraction: Any = 1.0) -> dict[str, Any]:
+def read_model(options: Options, *, sizes: Mapping[str, str] = SIZES, ffn: str = "intermediate_size", tied: bool = False,
+               base: Any = REQUIRED, fraction: Any = 1.0) -> dict[str, Any]:
     """Sizes, norm and rotary embedding of a decoder with grouped queries, and an empty architecture to add to.
 
     Args:
       options: of config.json.
+      sizes: names of options, and keys of `config.model`.
       ffn: name of the width of dense layers.
       tied: whether embedding and head are one if nothing is said.
       base: of the rotary embedding if nothing is said.
       fraction: share of a head that is rotated if nothing is said; at 1.0 nothing else is allowed.
     """
-    model = {ours: options.take(theirs) for theirs, ours in SIZES.items()}
+    model = {ours: options.take(theirs) for theirs, ours in sizes.items()}
     model |= {"norm_eps": options.take("rms_norm_eps"), "tie_embeddings": options.take("tie_word_embeddings", tied)}
     model["ffn"] = options.take(ffn)
     options.only("hidden_act", "silu")
@@ -53,9 +54,10 @@ def read_attention_bias(options: Options, default: bool = False) -> dict[str, bo
     return {"qkv_bias": bias, "output_bias": bias}
 
 
-def write_model(model: ModelConfig, *, ffn: str = "intermediate_size", head_dim: bool = True) -> dict[str, Any]:
+def write_model(model: ModelConfig, *, sizes: Mapping[str, str] = SIZES, ffn: str = "intermediate_size",
+                head_dim: bool = True) -> dict[str, Any]:
     """What `read_model` reads."""
-    written = {theirs: getattr(model, ours) for theirs, ours in SIZES.items()}
+    written = {theirs: getattr(model, ours) for theirs, ours in sizes.items()}
     return written | {ffn: model.ffn, "rms_norm_eps": model.norm_eps, "num_key_value_heads": model.kv_heads,
                       "tie_word_embeddings": model.tie_embeddings, "hidden_act": "silu"} | (
         {"head_dim": model.head_dim} if head_dim else {}) | write_rope(model)

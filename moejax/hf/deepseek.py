@@ -15,15 +15,14 @@ EXPERTS = {"count": "n_routed_experts", "width": "moe_intermediate_size", "coeff
 LATENT = {"kv_lora_rank": "rank", "qk_rope_head_dim": "rotary_dim", "v_head_dim": "value_dim"}
 
 
-def latent_attention(model: ModelConfig, layer: int) -> Iterator[Tensor]:
-    """The norms of a block, and its latent attention; rotated dimensions lie in interleaved pairs."""
+def latent_attention(model: ModelConfig, layer: int, disk: str) -> Iterator[Tensor]:
+    """Latent attention; rotated dimensions lie in interleaved pairs."""
     design, latent = model.architecture, model.architecture.latent
-    disk, plain = f"model.layers.{layer}.self_attn", model.head_dim - latent.rotary_dim
+    plain = model.head_dim - latent.rotary_dim
 
     def line(name: str, parameter: str, layout: str, pairs: tuple[int, int] | None = None) -> Tensor:
         return Tensor(f"{disk}.{name}", ("params", "attention", *parameter.split("/")), layout, layer, pairs=pairs)
 
-    yield from common.block_norms(model, layer)
     if latent.query_rank:
         yield line("q_a_proj.weight", "w_q_down", "r d -> d r")
         yield line("q_a_layernorm.weight", "q_norm/scale", "r -> r")
@@ -47,7 +46,11 @@ def tensors(model: ModelConfig, moe: MoEConfig, other: bool) -> Iterator[Tensor]
     yield from common.ends(model)
     for i, kind in enumerate(kinds(model, moe)):
         disk = f"model.layers.{i}.mlp"
-        yield from latent_attention(model, i) if model.architecture.latent.rank else common.attention(model, i)
+        if model.architecture.latent.rank:
+            yield from common.block_norms(model, i)
+            yield from latent_attention(model, i, f"model.layers.{i}.self_attn")
+        else:
+            yield from common.attention(model, i)
         if not kind.sparse:
             yield from common.feed_forward(model, i, disk)
             continue
@@ -59,10 +62,10 @@ def tensors(model: ModelConfig, moe: MoEConfig, other: bool) -> Iterator[Tensor]
             yield from common.feed_forward(model, i, f"{disk}.shared_experts", path="shared")
 
 
-def read_latent(options: Options) -> dict[str, Any]:
-    """A model with latent attention."""
+def read_latent(options: Options, **names: Any) -> dict[str, Any]:
+    """A model with latent attention; `names` as in `common.read_model`."""
     plain = options.take("qk_nope_head_dim")
-    model = common.read_model(options)  # whose head_dim is that of the rotated part, if it is there
+    model = common.read_model(options, **names)  # whose head_dim is that of the rotated part, if it is there
     latent = {ours: options.take(theirs) for theirs, ours in LATENT.items()}
     model["head_dim"], model["kv_heads"] = plain + latent["rotary_dim"], model["heads"]
     options.only("qk_head_dim", model["head_dim"])
@@ -72,10 +75,10 @@ def read_latent(options: Options) -> dict[str, Any]:
     return model
 
 
-def write_latent(model: ModelConfig) -> dict[str, Any]:
+def write_latent(model: ModelConfig, **names: Any) -> dict[str, Any]:
     """What `read_latent` reads."""
     latent = model.architecture.latent
-    return common.write_model(model) | {theirs: getattr(latent, ours) for theirs, ours in LATENT.items()} | {
+    return common.write_model(model, **names) | {theirs: getattr(latent, ours) for theirs, ours in LATENT.items()} | {
         "head_dim": latent.rotary_dim, "qk_nope_head_dim": model.head_dim - latent.rotary_dim,
         "q_lora_rank": latent.query_rank or None, "attention_bias": model.architecture.qkv_bias}
 

@@ -58,6 +58,7 @@ class Family(NamedTuple):
       unused: endings of names of tensors that may be on disk and that nothing needs.
       tied: name of the head, which may be on disk if it is the embedding's, and name of that.
       name: in `FAMILIES`; empty is the model_type.
+      beside: beginnings of names of tensors that may be on disk and are not of the model (multi-token prediction).
     """
 
     model_type: str
@@ -68,3 +69,4 @@ class Family(NamedTuple):
     unused: tuple[str, ...] = ("rotary_emb.inv_freq",)
     tied: tuple[str, str] = ("lm_head.weight", "model.embed_tokens.weight")
     name: str = ""
+    beside: tuple[str, ...] = ()

@@ -100,9 +100,10 @@ def read_variables(folder: Path, family: Family, model: transformer.Transformer,
     where_of = flat(where)
     variables = {path: jax.jit(partial(jnp.zeros, leaf.shape, leaf.dtype), out_shardings=where_of[path])()
                  for path, leaf in leaves.items()}
-    for disk, lines in tqdm(table.items(), desc=f"reading {folder}", unit="tensor", disable=not progress):
+    wanted = {disk: lines for disk, lines in table.items() if tensors.needed(lines)}
+    for disk, lines in tqdm(wanted.items(), desc=f"reading {folder}", unit="tensor", disable=not progress):
         on_disk = files.read(disk)
-        for line in lines:
+        for line in (line for line in lines if line.unread is None):
             path, index = tensors.locate(line, places)
             part = on_disk if line.part is None else on_disk.take(range(*line.part), axis=line.axis)
             piece = tensors.to_piece(line, part, tensors.piece_shape(index, leaves[path].shape))
@@ -116,24 +117,30 @@ def read_variables(folder: Path, family: Family, model: transformer.Transformer,
 def choose_table(family: Family, model: transformer.Transformer, files: Files) -> dict[str, list[tensors.Tensor]]:
     """The table of the layout of which fewer names are missing."""
     tables = [tensors.by_disk(family.tensors(model.model, model.moe, other)) for other in (False, True)]
-    return min(tables, key=lambda table: sum(name not in files.file_of for name in table))
+    return min(tables, key=lambda table: len(missing_of(files, table)))
+
+
+def missing_of(files: Files, table: Mapping[str, list[tensors.Tensor]]) -> list[str]:
+    """Names of tensors that a table needs and that are not there."""
+    return [name for name, lines in table.items() if name not in files.file_of and tensors.needed(lines)]
 
 
 def check_complete(files: Files, family: Family, model: transformer.Transformer, table: Mapping[str, list[tensors.Tensor]],
                    leaves: Mapping[tuple[str, ...], Any], places: Sequence[tuple[str, str, int]]) -> None:
     """Raises `UserError` unless every tensor on disk is used and there with the right shape."""
-    missing = [name for name in table if name not in files.file_of]
+    missing = missing_of(files, table)
     check(not missing, f"{files.folder}: tensor {missing and missing[0]} is missing ({len(missing)} in all)")
-    extra = [name for name in files.file_of if name not in table and not name.endswith(family.unused)]
+    extra = [name for name in files.file_of
+             if name not in table and not name.endswith(family.unused) and not name.startswith(family.beside)]
     if model.model.tie_embeddings and family.tied[0] in extra:
         extra.remove(family.tied[0])
         own, tied = family.tied
         check(np.array_equal(files.read(own), files.read(tied)),
               f"{files.folder}: tie_word_embeddings is set, but tensor {own} differs from {tied}")
     check(not extra, f"{files.folder}: tensor {extra and extra[0]} is not part of the model ({len(extra)} in all)")
-    for disk, lines in table.items():
+    for disk, lines in ((disk, lines) for disk, lines in table.items() if disk in files.file_of):
         path, index = tensors.locate(lines[0], places)
-        wanted = list(tensors.disk_shape(lines[0], tensors.piece_shape(index, leaves[path].shape)))
+        wanted = list(lines[0].unread or tensors.disk_shape(lines[0], tensors.piece_shape(index, leaves[path].shape)))
         if lines[0].part is not None:
             wanted[lines[0].axis] = max(line.part[1] for line in lines)
         check(files.shape(disk) == tuple(wanted), f"{files.folder}: tensor {disk} has shape {files.shape(disk)}, but by "

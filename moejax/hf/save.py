@@ -114,6 +114,9 @@ def gather(lines: Sequence[tensors.Tensor], variables: Mapping[tuple[str, ...], 
     """A tensor as it lies on disk, of the parameters of which it is made."""
     parts = []
     for line in sorted(lines, key=lambda line: line.part or (0, 0)):
+        if line.unread is not None:
+            parts.append(np.zeros(line.unread, dtype))
+            continue
         path, index = tensors.locate(line, places)
         parts.append(tensors.to_disk(line, np.asarray(variables[path][tensors.slices(index)])))
     return np.concatenate(parts, axis=lines[0].axis).astype(dtype)

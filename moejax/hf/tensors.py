@@ -25,6 +25,7 @@ class Tensor(NamedTuple):
       part: (first, behind the last) index along that axis; None is all of it.
       pairs: (axis, first) of the piece: from there on, dimensions on disk are interleaved pairs for the rotation, where
         the model has first all first ones, then all second ones.
+      unread: shape of a tensor on disk, or of the part of one, that fills no parameter; see `unread`.
     """
 
     disk: str
@@ -35,12 +36,26 @@ class Tensor(NamedTuple):
     axis: int = 0
     part: tuple[int, int] | None = None
     pairs: tuple[int, int] | None = None
+    unread: tuple[int, ...] | None = None
 
     @property
     def sides(self) -> tuple[str, str]:
         """The two sides of the layout."""
         left, right = self.layout.split("->")
         return left.strip(), right.strip()
+
+
+def unread(disk: str, shape: tuple[int, ...], part: tuple[int, int] | None = None) -> Tensor:
+    """A tensor, or a part of one along its first axis, that other libraries allot and nothing computes with.
+
+    What is there on disk does not count, a whole tensor may be missing, and zeros are written.
+    """
+    return Tensor(disk, (), "", part=part, unread=shape)
+
+
+def needed(lines: Iterable[Tensor]) -> bool:
+    """Whether something of a tensor on disk fills a parameter."""
+    return any(line.unread is None for line in lines)
 
 
 Index = tuple[int | None, ...]

@@ -147,7 +147,8 @@ class Attention(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x_BLD: Array, sight: Sight, cache: Cache | None, at: Array | None) -> tuple[Array, Cache | None]:
+    def __call__(self, x_BLD: Array, sight: Sight, cache: Cache | None, at: Array | None, q_BLQH: Array | None = None
+                 ) -> tuple[Array, Cache | None]:
         """Attends to the tokens themselves, or with a cache to all that it holds after x is written at slot `at`.
 
         Args:
@@ -155,15 +156,16 @@ class Attention(nn.Module):
           sight: positions and visible keys; S is L without a cache and its length with one.
           cache: of this layer.
           at: int32 scalar, first slot of the cache that x fills.
+          q_BLQH: projected queries, if they are made elsewhere; there is no output projection either then.
 
         Returns:
-          [B, L, D] and the new cache.
+          [B, L, D], or without an output projection [B, L, Q, H], and the new cache.
         """
         model, design, width = self.model, self.model.architecture, x_BLD.shape[-1]
         rotated = sight.cos is not None and self.kind != "unrotated"
 
-        def project(name: str, heads: int, axis: str) -> Array:
-            y_BLQH = project_heads(self, name, x_BLD, heads, axis)
+        def project(name: str, heads: int, axis: str, y_BLQH: Array | None = None) -> Array:
+            y_BLQH = project_heads(self, name, x_BLD, heads, axis) if y_BLQH is None else y_BLQH
             norm = design.qk_norm if model.qk_norm and name != "v" else None
             if norm == "projection":
                 y_BLQH = RMSNorm(model.norm_eps, (axis, "head_dim"), name=f"{name}_norm")(y_BLQH)
@@ -179,7 +181,8 @@ class Attention(nn.Module):
                 y_BLQH = rms_norm(y_BLQH, 1.0, model.norm_eps)
             return y_BLQH
 
-        q_BLQH = project("q", model.heads, "q_heads")
+        project_output = q_BLQH is None
+        q_BLQH = project("q", model.heads, "q_heads", q_BLQH)
         k_BSGH = project("k", model.kv_heads, "kv_heads")
         v_BSGH = project("v", model.kv_heads, "kv_heads")
         if self.kind == "unrotated" and sight.temperature_BL is not None:
@@ -192,6 +195,8 @@ class Attention(nn.Module):
         o_BLQH = attend_sharded(model.attention, q_BLQH, k_BSGH, v_BSGH, sight.visible[self.kind],
                                 sight.causal and cache is None, design.attention_scale,
                                 design.window if self.kind in ("sliding", "chunked") else None, sinks_Q, sight.bias_BQLS)
+        if not project_output:
+            return o_BLQH, cache
         return output(self, o_BLQH, width, self.out_scale, design.output_bias), cache
 
 

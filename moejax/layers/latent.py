@@ -50,14 +50,17 @@ class LatentAttention(nn.Module):
                                     (rank,)).astype(self.dtype)
             return y_BLR
 
+        def normed(name: str, y_BLR: Array) -> Array:
+            y_BLR = RMSNorm(LATENT_EPS, ("latent",), name=name)(y_BLR)
+            return y_BLR * jnp.asarray((width / y_BLR.shape[-1])**0.5, y_BLR.dtype) if latent.scaled else y_BLR
+
         source_BLR, names = x_BLD, ("embed", "q_heads", "head_dim")
         if latent.query_rank:
-            source_BLR, names = RMSNorm(LATENT_EPS, ("latent",), name="q_norm")(down("q_down", latent.query_rank)), (
-                "latent", "q_heads", "head_dim")
+            source_BLR, names = normed("q_norm", down("q_down", latent.query_rank)), ("latent", "q_heads", "head_dim")
         w_q_RQH = matrix("w_q", (source_BLR.shape[-1], model.heads, model.head_dim), names)
         q_BLQH = jnp.einsum("blr,rqh->blqh", source_BLR, w_q_RQH)
         kv_BLR = down("kv_down", latent.rank + latent.rotary_dim)
-        c_BSR = RMSNorm(LATENT_EPS, ("latent",), name="kv_norm")(kv_BLR[..., :latent.rank])
+        c_BSR = normed("kv_norm", kv_BLR[..., :latent.rank])
         w_kv_RQH = matrix("w_kv", (latent.rank, model.heads, plain + latent.value_dim),
                           ("latent", "q_heads", "head_dim"))
         w_k_RQH, w_v_RQV = w_kv_RQH[..., :plain], w_kv_RQH[..., plain:]

@@ -1,7 +1,7 @@
 """A block of the Transformer, and a run of blocks as it is scanned."""
 
 from functools import partial
-from typing import Any
+from typing import Any, Mapping
 
 import flax.linen as nn
 import jax
@@ -15,7 +15,9 @@ from moejax.layers.latent import LatentAttention
 from moejax.layers.mlp import FeedForward, dropout
 from moejax.layers.norm import make_norm
 from moejax.models.depths import DepthRouted
-from moejax.models.stacks import Kind
+from moejax.models.heads import ExpertAttention
+from moejax.models.stacks import HEADS, Kind
+from moejax.models.stream import Stream
 from moejax.moe import routing
 from moejax.moe.layer import MixtureOfExperts
 from moejax.moe.types import LayerRecord, RoutingContext
@@ -42,28 +44,37 @@ class Block(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x_BLD: Array, carry_TC: Array | None, state: Any, whole: Any, cache: Cache | None, sight: Sight,
-                 at: Array | None, context: RoutingContext) -> tuple[Array, Array | None, LayerRecord | None, Any]:
-        """Returns [B, L, D], what the next router sees, the record of a sparse layer (else None) and the new cache."""
-        model, moe, design = self.model, self.moe, self.model.architecture
+    def __call__(self, stream: Stream, states: Mapping[str, Any], wholes: Mapping[str, Any], cache: Cache | None,
+                 sight: Sight, at: Array | None, context: RoutingContext) -> tuple[Stream, dict[str, LayerRecord], Any]:
+        """Returns the stream, the records of routers and the new cache. Routers go by "" and `HEADS`."""
+        model, moe, design, x_BLD = self.model, self.moe, self.model.architecture, stream.x_BLD
         out_scale = (2 * model.layers)**-0.5  # keeps the residual stream's variance independent of depth
         drop_key = self.make_rng("dropout") if context.train and model.dropout > 0 else None
         attention_key, feed_forward_key = (None, None) if drop_key is None else jax.random.split(drop_key)
-        cross_key = None if drop_key is None else jax.random.fold_in(drop_key, 2)
+        cross_key, late_key = (None if drop_key is None else jax.random.fold_in(drop_key, n) for n in (2, 3))
         attention_norm, feed_forward_norm = (
             make_norm(design.norm, model.norm_eps, name) for name in ("attention_norm", "feed_forward_norm"))
 
         def enter(norm: nn.Module, x_BLD: Array) -> Array:
             return norm(x_BLD) if design.norm_place == "input" else x_BLD
 
+        def weighted(y_BLD: Array, key: Array | None) -> Array:
+            y_BLD = dropout(y_BLD, model.dropout, key)
+            return y_BLD if design.residual_multiplier == 1 else y_BLD * design.residual_multiplier
+
         def leave(norm: nn.Module, x_BLD: Array, y_BLD: Array, key: Array | None) -> Array:
-            y_BLD = dropout(norm(y_BLD) if design.norm_place == "output" else y_BLD, model.dropout, key)
-            x_BLD = x_BLD + (y_BLD if design.residual_multiplier == 1 else y_BLD * design.residual_multiplier)
+            x_BLD = x_BLD + weighted(norm(y_BLD) if design.norm_place == "output" else y_BLD, key)
             return norm(x_BLD) if design.norm_place == "sum" else x_BLD
 
-        attention = (LatentAttention if design.latent.rank else Attention)(
-            model, self.kind.attention, out_scale, self.dtype, name="attention")
-        y_BLD, cache = attention(enter(attention_norm, x_BLD), sight, cache, at)
+        records, h_BLD = {}, enter(attention_norm, x_BLD)
+        if self.kind.sparse and design.expert_heads:
+            attention = ExpertAttention(model, moe, self.kind.attention, out_scale, self.dtype, name="attention")
+            y_BLD, cache, records[HEADS] = attention(h_BLD, sight, cache, at, states[HEADS],
+                                                     context.replace(whole=wholes[HEADS]))
+        else:
+            attention = (LatentAttention if design.latent.rank else Attention)(
+                model, self.kind.attention, out_scale, self.dtype, name="attention")
+            y_BLD, cache = attention(h_BLD, sight, cache, at)
         x_BLD = leave(attention_norm, x_BLD, y_BLD, attention_key)
 
         if self.kind.cross:
@@ -72,18 +83,25 @@ class Block(nn.Module):
             y_BLD, cache = cross(enter(cross_norm, x_BLD), sight.encoded, cache)
             x_BLD = leave(cross_norm, x_BLD, y_BLD, cross_key)
 
-        h_BLD = enter(feed_forward_norm, x_BLD)
-        if not self.kind.sparse:
-            y_BLD, record = FeedForward(model.ffn, out_scale, self.dtype, design, name="feed_forward")(h_BLD), None
-        else:
+        h_BLD, routed_BLD = enter(feed_forward_norm, x_BLD), None
+        if self.kind.sparse:
             hidden = moe.ffn or model.ffn
-            y_BLD, record, carry_TC = MixtureOfExperts(moe, hidden, out_scale, self.dtype, design, name="moe")(
-                h_BLD, state, context.replace(whole=whole, carry_TC=carry_TC))
+            routed_BLD, records[""], carry_TC = MixtureOfExperts(moe, hidden, out_scale, self.dtype, design, name="moe")(
+                h_BLD, states[""], context.replace(whole=wholes[""], carry_TC=stream.carry_TC))
+            stream = stream.replace(carry_TC=carry_TC)
             if moe.shared_experts:
                 width = moe.shared_ffn or moe.shared_experts * hidden
                 shared_BLD = FeedForward(width, out_scale, self.dtype, design, name="shared")(h_BLD)
-                y_BLD = with_shared(moe.shared_gate, y_BLD, shared_BLD, self.shared_logits(h_BLD))
-        return leave(feed_forward_norm, x_BLD, y_BLD, feed_forward_key), carry_TC, record, cache
+                routed_BLD = with_shared(moe.shared_gate, routed_BLD, shared_BLD, self.shared_logits(h_BLD))
+        y_BLD = routed_BLD
+        if not self.kind.sparse or design.shortcut:
+            y_BLD = FeedForward(model.ffn, out_scale, self.dtype, design, name="feed_forward")(h_BLD)
+        x_BLD = leave(feed_forward_norm, x_BLD, y_BLD, feed_forward_key)
+        if design.shortcut:
+            x_BLD += stream.late_BLD
+            late_BLD = weighted(routed_BLD, late_key) if self.kind.sparse else jnp.zeros_like(x_BLD)
+            stream = stream.replace(late_BLD=late_BLD)
+        return stream.replace(x_BLD=x_BLD), records, cache
 
     def shared_logits(self, h_BLD: Array) -> Array | None:
         """Scores of the shared experts (sigmoid), or of them and the routed ones (softmax), for each token, float32."""
@@ -114,10 +132,10 @@ class Run(nn.Module):
     remat: str
 
     @nn.compact
-    def __call__(self, stream: tuple[Array, Array | None], per_layer: tuple[dict, dict, dict], *shared: Any
-                 ) -> tuple[tuple[Array, Array | None], tuple[dict, dict]]:
-        """Takes and returns [B, L, D] and what routers hand on; and returns, by block name, records and caches."""
-        (x_BLD, carry_TC), (states, wholes, caches) = stream, per_layer
+    def __call__(self, stream: Stream, per_layer: tuple[dict, dict, dict], *shared: Any
+                 ) -> tuple[Stream, tuple[dict, dict]]:
+        """Takes and returns the stream; and returns, by block name, records and caches."""
+        states, wholes, caches = per_layer
         records, new_caches = {}, {}
         for j, kind in enumerate(self.kinds):
             name = f"block_{j}"
@@ -127,14 +145,14 @@ class Run(nn.Module):
                                                                   self.dtype))
             if self.remat != "none":
                 block = nn.remat(block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
-            x_BLD, carry_TC, record, cache = block(*settings, name=name)(
-                x_BLD, carry_TC, states.get(name, {}), wholes.get(name), caches.get(name), *shared)
-            self.sow(FINITE, f"after_{name}", jnp.all(jnp.isfinite(x_BLD)))
-            if record is not None:
-                records[name] = record
+            own = ({kind: given.get(f"{name}{kind}", default) for kind in ("", HEADS)}
+                   for given, default in ((states, {}), (wholes, None)))
+            stream, told, cache = block(*settings, name=name)(stream, *own, caches.get(name), *shared)
+            self.sow(FINITE, f"after_{name}", jnp.all(jnp.isfinite(stream.x_BLD)))
+            records |= {f"{name}{kind}": record for kind, record in told.items()}
             if cache is not None:
                 new_caches[name] = cache
-        return (x_BLD, carry_TC), (records, new_caches)
+        return stream, (records, new_caches)
 
 
 def with_shared(gate: str, routed_BLD: Array, shared_BLD: Array, logits_BLC: Array | None) -> Array:

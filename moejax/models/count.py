@@ -76,7 +76,9 @@ def trunk_flops(model: ModelConfig, moe: MoEConfig, trunk: Trunk, length: int, s
         hidden, inner = moe.ffn or model.ffn, width // moe.latent_divisor
         projections = 4 * width * inner if moe.latent_divisor > 1 else 0
         shared = (moe.shared_ffn or moe.shared_experts * hidden) if moe.shared_experts else 0
-        sparse = scores + projections + per_unit * (hidden * inner * passes + width * shared)
+        # Experts that are heads multiply as much as plain heads do, and have a router.
+        beside = (dense if model.architecture.shortcut else 0) + (scores if model.architecture.expert_heads else 0)
+        sparse = scores + projections + per_unit * (hidden * inner * passes + width * shared) + beside
     return sum(attention + cross + (sparse if kind.sparse else dense) for kind in trunk_kinds(model, moe, trunk))
 
 

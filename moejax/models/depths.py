@@ -9,6 +9,7 @@ from jax import Array
 
 from moejax.config import MoEConfig
 from moejax.layers.attention import Cache, Sight
+from moejax.models.stream import Stream
 from moejax.moe import routing
 from moejax.moe.layer import router_parameters
 from moejax.moe.types import ExpertLoad, LayerRecord, RoutingContext
@@ -26,12 +27,13 @@ class DepthRouted(nn.Module):
     block: Callable[..., nn.Module]
 
     @nn.compact
-    def __call__(self, x_BLD: Array, carry_TC: Array | None, state: Mapping[str, Array], whole: Any, cache: Cache | None,
-                 sight: Sight, at: Array | None, context: RoutingContext) -> tuple[Array, Array | None, LayerRecord, Any]:
-        """Like a block: returns [B, L, D], what the next router sees, the record and the new cache."""
+    def __call__(self, stream: Stream, states: Mapping[str, Any], wholes: Mapping[str, Any], cache: Cache | None,
+                 sight: Sight, at: Array | None, context: RoutingContext) -> tuple[Stream, dict[str, LayerRecord], Any]:
+        """Like a block: returns the stream, its record and the new cache."""
+        x_BLD = stream.x_BLD
         batch, length, width = x_BLD.shape
         routed = routing.get_router(self.moe.router).route(
-            self.moe, router_parameters(self, self.moe, width), state, x_BLD.reshape(-1, width), context)
+            self.moe, router_parameters(self, self.moe, width), states[""], x_BLD.reshape(-1, width), context)
         on_BL, weight_BL = (a.reshape(batch, length) for a in (routed.assignments.on_T, routed.assignments.weight_T))
         # The tokens that are on, in their order, and behind them others to fill the capacity.
         place_BC = jnp.argsort(~on_BL, axis=1, stable=True)[:, :routed.assignments.capacity]
@@ -58,10 +60,11 @@ class DepthRouted(nn.Module):
             visible=jax.tree.map(seen, sight.visible), bias_BQLS=bias_BQLS,
             encoded=None if encoded is None else encoded.replace(visible_BLS=take(encoded.visible_BLS)))
         x_BCD = take(x_BLD)
-        y_BCD, carry_TC, _, cache = self.block(name="block")(x_BCD, carry_TC, {}, None, cache, there, at, context)
-        change_BCD = (take(weight_BL) * take(on_BL))[..., None].astype(x_BLD.dtype) * (y_BCD - x_BCD)
+        changed, _, cache = self.block(name="block")(stream.replace(x_BLD=x_BCD), {}, {}, cache, there, at, context)
+        change_BCD = (take(weight_BL) * take(on_BL))[..., None].astype(x_BLD.dtype) * (changed.x_BLD - x_BCD)
         y_BLD = jax.vmap(lambda x, place, change: x.at[place].add(change))(x_BLD, place_BC, change_BCD)
         count_E = jnp.sum(on_BL, dtype=jnp.int32)[None]
         load = ExpertLoad(count_E, 0 * count_E, count_E, 0 * count_E, jnp.sum(context.mask_T, dtype=jnp.int32),
                           routed.entropy)
-        return y_BLD, carry_TC, LayerRecord(routed.losses, load, jax.lax.stop_gradient(routed.statistics)), cache
+        record = LayerRecord(routed.losses, load, jax.lax.stop_gradient(routed.statistics))
+        return changed.replace(x_BLD=y_BLD), {"": record}, cache

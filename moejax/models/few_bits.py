@@ -7,7 +7,7 @@ import jax
 
 from moejax.config import check
 from moejax.models import transformer
-from moejax.models.settings import check_experts
+from moejax.models.checks import check_experts
 from moejax.models.stacks import sparse_places
 from moejax.moe.weights import quantise
 

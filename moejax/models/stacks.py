@@ -42,6 +42,16 @@ class Trunk(NamedTuple):
     layers: int
 
 
+HEADS = "_heads"
+"""What the name of a block ends with where its router of attention heads is meant, beside that of its experts."""
+
+
+def routers(model: ModelConfig, stack: Stack) -> list[str]:
+    """Names under which the routers of a stack's run have their state and tell their records."""
+    kinds = ("", HEADS) if model.architecture.expert_heads else ("",)
+    return [f"block_{j}{kind}" for j, sparse in enumerate(stack.sparse) if sparse for kind in kinds]
+
+
 ENCODER = "encoder_"
 """Prefix of the encoder before a decoder. The only trunk of a model, and a decoder, have none."""
 

@@ -57,6 +57,8 @@ def check_surgery(model: transformer.Transformer, keep: int) -> None:
           "groups, no gate on the input and no latent space can be pruned or merged")
     check(not design.expert_bits and design.merged_experts is None, "experts in few bits, or merged ones, cannot be pruned "
           "or merged; take the model that they were made of")
+    check(not design.expert_heads, "config.model.architecture.expert_heads has as many experts of heads as of feed-forward "
+          "layers, of which only these can be pruned or merged")
     check(1 <= keep <= moe.num_experts, f"{keep} experts of {moe.num_experts} cannot be kept; give a number between")
 
 

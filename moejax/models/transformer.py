@@ -19,9 +19,10 @@ from moejax.layers.norm import make_norm
 from moejax.layers.pool import Pooled
 from moejax.layers.relative import RelativeBias
 from moejax.models.blocks import FINITE, Run, passes_blocks
-from moejax.models.settings import check_experts, check_router_tasks, resolve_model
+from moejax.models.checks import check_experts, check_router_tasks, resolve_model
 from moejax.models.sight import distances, look
-from moejax.models.stacks import ENCODER, Stack, Trunk, plan_stacks, trunk_stacks, trunks
+from moejax.models.stacks import ENCODER, Stack, Trunk, plan_stacks, routers, trunk_stacks, trunks
+from moejax.models.stream import Stream
 from moejax.moe import routing
 from moejax.moe.layer import DECISIONS, INPUTS, INTO
 from moejax.moe.types import LayerRecord, RoutingContext, Totals
@@ -48,7 +49,8 @@ class ModelOutput:
       logits_BLV: float32, scores of tokens; None without such a head.
       logits_BC: float32, scores of classes; None without such a head.
       pooled_BD: what stands for a row; None with a head for tokens.
-      records: per stack and sparse block, a `LayerRecord` with a leading axis over the stack's repeats.
+      records: per stack and router (see `moejax.models.stacks.routers`), a `LayerRecord` with a leading axis over the
+        stack's repeats.
       cache: like the one given, filled; or None.
     """
 
@@ -150,7 +152,8 @@ class Transformer(nn.Module):
         shared = (sight, at, context)
 
         carried = routing.get_router(self.moe.router).carry(self.moe) if self.moe.every else 0
-        stream = x_BLD, jnp.zeros((tokens_BL.size, carried)) if carried else None
+        stream = Stream(x_BLD, jnp.zeros((tokens_BL.size, carried)) if carried else None,
+                        jnp.zeros_like(x_BLD) if model.architecture.shortcut else None)
         records, new_cache = {}, {}
         for name, stack in trunk_stacks(model, self.moe, trunk).items():
             per_layer = (router_state.get(name, {}), (wholes or {}).get(name, {}), (cache or {}).get(name, {}))
@@ -167,13 +170,14 @@ class Transformer(nn.Module):
                 records[name] = stack_records
             if stack_cache:
                 new_cache[name] = stack_cache
-        x_BLD = stream[0]
+        x_BLD = stream.x_BLD if stream.late_BLD is None else stream.x_BLD + stream.late_BLD
         if model.architecture.final_norm:
-            x_BLD = make_norm(model.architecture.norm, model.norm_eps, f"{trunk.prefix}final_norm")(x_BLD)
+            eps = model.norm_eps if model.architecture.final_norm_eps is None else model.architecture.final_norm_eps
+            x_BLD = make_norm(model.architecture.norm, eps, f"{trunk.prefix}final_norm")(x_BLD)
         return x_BLD, records, new_cache or None
 
-    def one_by_one(self, name: str, stack: Stack, stream: tuple[Array, Array | None], per_layer: tuple[Any, Any, Any],
-                   *shared: Any) -> tuple[tuple[Array, Array | None], tuple[Any, tuple[Any, ...]]]:
+    def one_by_one(self, name: str, stack: Stack, stream: Stream, per_layer: tuple[Any, Any, Any], *shared: Any
+                   ) -> tuple[Stream, tuple[Any, tuple[Any, ...]]]:
         """What a scan over a stack's repeats does, without one; returns the caches as a tuple over repeats."""
         params, *rest = (by_layer(tree, stack.repeats) for tree in (self.variables["params"][name], *per_layer))
         records, caches = [], []
@@ -295,14 +299,14 @@ def count_totals(segments_BL: Array, source_segments_BS: Array | None = None) ->
 
 
 def initial_router_state(model: ModelConfig, moe: MoEConfig) -> dict[str, dict[str, dict[str, Array]]]:
-    """The routers' state by stack and block, with a leading axis over repeats. An empty dict for stateless routers."""
+    """The routers' state by stack and router, with a leading axis over repeats. An empty dict for stateless routers."""
     merged = model.architecture.merged_experts
     into = {INTO: jnp.arange(moe.num_experts, dtype=jnp.int32) % merged} if merged else {}
 
     def stacked(repeats: int) -> dict[str, Array]:
         own = routing.get_router(moe.router).initial_state(moe, model.vocab_size) | into
         return {name: jnp.broadcast_to(value, (repeats, *value.shape)) for name, value in own.items()}
-    stacks = {name: {f"block_{j}": stacked(stack.repeats) for j, sparse in enumerate(stack.sparse) if sparse}
+    stacks = {name: {router: stacked(stack.repeats) for router in routers(model, stack)}
               for name, stack in plan_stacks(model, moe).items()}
     return {name: blocks for name, blocks in stacks.items() if blocks}
 
@@ -341,7 +345,7 @@ def empty_cache(model: ModelConfig, moe: MoEConfig, batch: int, slots: int, dtyp
 
 
 def in_order(records: Mapping[str, Mapping[str, LayerRecord]]) -> list[LayerRecord]:
-    """The records of the sparse layers, first layer first."""
+    """The records of the sparse layers, first layer first; in a block, feed-forward layers before attention."""
     ordered = []
     for stack in records.values():
         repeats = jax.tree.leaves(stack)[0].shape[0]

@@ -55,6 +55,10 @@ def upcycle(model: transformer.Transformer, variables: Mapping[str, Any], moe: M
           "between 0 and 1, and noise not negative")
     check(not any(kind.sparse for kind in kinds(dense, model.moe)),
           "this model has experts already; only a dense one can be upcycled")
+    check(not dense.architecture.shortcut, "config.model.architecture.shortcut keeps a dense layer beside experts, so that "
+          "experts made of that layer would change the outputs; set it to False")
+    check(not dense.architecture.expert_heads, "config.model.architecture.expert_heads makes attention of sparse blocks "
+          "another one; only feed-forward layers can be upcycled, so set it to False")
     shared = (moe.shared_ffn or 0) if moe.shared_experts not in (0, AUTO) else 0
     check(bool(shared) == (moe.shared_experts not in (0, AUTO)) and shared < hidden,
           f"config.moe.shared_ffn={moe.shared_ffn}: with shared experts, say how many of the {hidden} units of a dense "

@@ -141,6 +141,47 @@ def _backward(block_rows, dropout_rate, activation, saved, dy_RD):
 feed_forward.defvjp(_forward, _backward)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def linear(x_RD: Array, sizes_E: Array, w_EDF: Array, block_rows: int) -> Array:
+    """One matrix an expert, on rows as for `feed_forward`: y_RF."""
+    return _linear_forward(x_RD, sizes_E, w_EDF, block_rows)[0]
+
+
+def _linear_forward(x_RD, sizes_E, w_EDF, block_rows):
+    end_E = jnp.cumsum(sizes_E)
+
+    def expert(e: Array, y_RF: Array) -> Array:
+        def block(y_RF: Array, start: Array, end: Array, rows: int, last: bool) -> Array:
+            return _write(y_RF, _rows(x_RD, start, rows) @ w_EDF[e], start)
+        return _over_blocks(block, sizes_E[e], end_E[e], block_rows, x_RD.shape[0], y_RF)
+
+    y_RF = sharding.varying_like(jnp.zeros((x_RD.shape[0], w_EDF.shape[2]), x_RD.dtype), x_RD)
+    return jax.lax.fori_loop(0, sizes_E.shape[0], expert, y_RF), (x_RD, sizes_E, w_EDF)
+
+
+def _linear_backward(block_rows, saved, dy_RF):
+    x_RD, sizes_E, w_EDF = saved
+    end_E = jnp.cumsum(sizes_E)
+
+    def expert(e: Array, carry: Any) -> Any:
+        def block(carry: Any, start: Array, end: Array, rows: int, last: bool) -> Any:
+            dx_RD, dw_EDF = carry
+            dy_bF = _rows(dy_RF, start, rows)
+            if last:
+                dy_bF = jnp.where((start + jnp.arange(rows) < end)[:, None], dy_bF, 0)
+            dw_DF = jnp.matmul(_rows(x_RD, start, rows).T, dy_bF, preferred_element_type=jnp.float32)
+            dw_EDF = jax.lax.dynamic_update_index_in_dim(dw_EDF, dw_DF if last else dw_EDF[e] + dw_DF, e, 0)
+            return _write(dx_RD, dy_bF @ w_EDF[e].T, start), dw_EDF
+        return _over_blocks(block, sizes_E[e], end_E[e], block_rows, x_RD.shape[0], carry)
+
+    dx_RD, dw_EDF = jax.lax.fori_loop(0, sizes_E.shape[0], expert, tuple(
+        sharding.varying_like(jnp.zeros(a.shape, dtype), x_RD) for a, dtype in ((x_RD, x_RD.dtype), (w_EDF, jnp.float32))))
+    return dx_RD, None, dw_EDF.astype(w_EDF.dtype)
+
+
+linear.defvjp(_linear_forward, _linear_backward)
+
+
 def _over_blocks(block: Callable[..., Any], size: Array, end: Array, block_rows: int, available: int,
                  carry: Any) -> Any:
     """Runs `block(carry, start, end, rows, last)` over the `size` rows before `end`: the last block, then the whole ones.

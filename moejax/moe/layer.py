@@ -17,7 +17,7 @@ from moejax.layers.mlp import SWIGLU, Activation
 from moejax.moe import balance, blocked, capacity, experts, merged, slots
 from moejax.moe.dispatch import DISPATCHERS, Dispatcher, Sizes
 from moejax.moe.routing import get_router
-from moejax.moe.types import Assignments, ExpertLoad, LayerRecord, Merger, RoutingContext, Slots
+from moejax.moe.types import Assignments, ExpertLoad, LayerRecord, Merger, RouterOutput, RoutingContext, Slots
 from moejax.moe.weights import expert_weights
 
 INTO = "into_E"
@@ -79,8 +79,8 @@ def mixture(config: MoEConfig, router_parameters: Mapping[str, Array], state: Ma
                 config = dataclasses.replace(config, num_experts=w_in_EDGF.shape[0])
             kept = drop(config, chosen, context)
             b_in_EGF, b_out_ED = biases or (None, None)
-            y_TD, received_E, replayed_E = sparse(config, kept, w_in_EDGF, w_out_EFD, b_in_EGF, x_TD, context.sequences,
-                                                  key, activation)
+            work = experts.hidden_layers(w_in_EDGF, w_out_EFD, b_in_EGF, activation, config.expert_dropout)
+            y_TD, received_E, replayed_E = sparse(config, kept, work, x_TD, context.sequences, key)
             if b_out_ED is not None:
                 y_TD = y_TD + (weights_of(kept, len(x_TD), config.num_experts) @ b_out_ED).astype(y_TD.dtype)
             assigned_E = balance.count_per_expert(chosen, config.num_experts)[0]
@@ -97,10 +97,16 @@ def mixture(config: MoEConfig, router_parameters: Mapping[str, Array], state: Ma
         y_TD = y_TD @ latent[1]
     if routed.added_TD is not None:
         y_TD = y_TD + routed.added_TD.astype(y_TD.dtype)
+    record = told(routed, context, assigned_E, dropped_E, received_E, replayed_E)
+    return Mixed(y_TD, record, routed.carry_TC, routed.assignments)
+
+
+def told(routed: RouterOutput, context: RoutingContext, assigned_E: Array, dropped_E: Array, received_E: Array,
+         replayed_E: Array) -> LayerRecord:
+    """The record of a layer; see `ExpertLoad` for the counts."""
     load = ExpertLoad(assigned_E, dropped_E, received_E, replayed_E, tokens=jnp.sum(context.mask_T, dtype=jnp.int32),
                       entropy=routed.entropy)
-    record = LayerRecord(routed.losses, jax.lax.stop_gradient(load), jax.lax.stop_gradient(routed.statistics))
-    return Mixed(y_TD, record, routed.carry_TC, routed.assignments)
+    return LayerRecord(routed.losses, jax.lax.stop_gradient(load), jax.lax.stop_gradient(routed.statistics))
 
 
 def weights_of(assignments: Assignments, tokens: int, num_experts: int) -> Array:
@@ -109,43 +115,40 @@ def weights_of(assignments: Assignments, tokens: int, num_experts: int) -> Array
     return jnp.zeros((tokens, num_experts)).at[assignments.token_N, assignments.expert_N].add(weight_N)
 
 
-def sparse(config: MoEConfig, kept: Assignments, w_in_EDGF: Array, w_out_EFD: Array, b_in_EGF: Array | None, x_TD: Array,
-           sequences: int, key: Array | None, activation: Activation = SWIGLU) -> Moved:
+def sparse(config: MoEConfig, kept: Assignments, work: experts.Work, x_TD: Array, sequences: int, key: Array | None
+           ) -> Moved:
     """dispatch -> experts -> combine, for a list of pairs."""
     assignments = fit_to_mesh(kept, sequences)
     dispatcher = choose_dispatcher(config, assignments.local, assignments.expert_N.shape[0] / x_TD.shape[0])
 
-    def on_device(dispatcher: Dispatcher, x_TD: Array, assignments: Assignments, w_in_EDGF: Array, w_out_EFD: Array,
-                  b_in_EGF: Array | None, key: Array | None) -> Moved:
-        compute = experts.choose_compute(config.compute, w_in_EDGF, w_out_EFD, assignments.expert_N.shape[0])
-        block_rows = blocked.fit_block(config.block_rows, assignments.expert_N.shape[0], w_in_EDGF.shape[0])
+    def on_device(dispatcher: Dispatcher, x_TD: Array, assignments: Assignments, weights: tuple[Array | None, ...],
+                  key: Array | None) -> Moved:
+        pairs, local = assignments.expert_N.shape[0], weights[0].shape[0]
+        compute = experts.choose_compute(config.compute, weights[:2], pairs)  # what follows are biases
+        block_rows = blocked.fit_block(config.block_rows, pairs, local)
         plan = dispatcher.plan(assignments, Sizes(
-            x_TD.shape[0], w_in_EDGF.shape[0], experts.spare_rows(compute, block_rows), experts.row_multiple(compute),
+            x_TD.shape[0], local, experts.spare_rows(compute, block_rows), experts.row_multiple(compute),
             config.buffer_factor))
 
-        def move(x_TD: Array, w_in_EDGF: Array, w_out_EFD: Array, b_in_EGF: Array | None) -> tuple[Array, Array]:
+        def move(x_TD: Array, weights: tuple[Array | None, ...]) -> tuple[Array, Array]:
             rows = dispatcher.dispatch(x_TD, plan)
             if dispatcher.manual:
-                rows = experts.feed_forward(rows, plan.sizes_E, w_in_EDGF, w_out_EFD, compute=compute,
-                                            block_rows=block_rows, dropout_rate=config.expert_dropout, key=key,
-                                            b_in_EGF=b_in_EGF, activation=activation)
+                rows = work.grouped(rows, plan.sizes_E, weights, compute, block_rows, key)
             else:
-                rows = experts.dense_feed_forward(rows, w_in_EDGF, w_out_EFD, config.expert_dropout, key, b_in_EGF,
-                                                  activation)
+                rows = work.dense(rows, weights, key)
             return dispatcher.combine(rows, plan), plan.sizes_E
 
         if not dispatcher.bounded:
-            return Moved(*move(x_TD, w_in_EDGF, w_out_EFD, b_in_EGF), jnp.zeros(config.num_experts, jnp.int32))
+            return Moved(*move(x_TD, weights), jnp.zeros(config.num_experts, jnp.int32))
 
-        def replay(x_TD: Array, *weights: Array | None) -> tuple[Array, Array]:
-            return on_device(DISPATCHERS["all_gather"], x_TD, assignments, *weights, key)[:2]
+        def replay(x_TD: Array, weights: tuple[Array | None, ...]) -> tuple[Array, Array]:
+            return on_device(DISPATCHERS["all_gather"], x_TD, assignments, weights, key)[:2]
 
         # All devices of the expert axis agree. The replay is recomputed in the backward pass, so it holds no memory.
         fits = jax.lax.psum(jnp.sum(plan.lost_E), axes.EXPERT) == 0
-        return Moved(*jax.lax.cond(fits, move, jax.checkpoint(replay), x_TD, w_in_EDGF, w_out_EFD, b_in_EGF), plan.lost_E)
+        return Moved(*jax.lax.cond(fits, move, jax.checkpoint(replay), x_TD, weights), plan.lost_E)
 
-    return on_every_device(partial(on_device, dispatcher), dispatcher)(
-        x_TD, assignments, w_in_EDGF, w_out_EFD, b_in_EGF, key)
+    return on_every_device(partial(on_device, dispatcher), dispatcher, work)(x_TD, assignments, work.weights, key)
 
 
 def drop(config: MoEConfig, assignments: Assignments, context: RoutingContext) -> Assignments:
@@ -195,22 +198,20 @@ def choose_dispatcher(config: MoEConfig, local: bool, pairs: float) -> Dispatche
     return DISPATCHERS[name]
 
 
-def on_every_device(function: Callable[..., Moved], dispatcher: Dispatcher) -> Callable[..., Moved]:
-    """Runs (x_TD, assignments, w_in, w_out, b_in, key) -> Moved on each device's tokens and experts; no mesh, as it is."""
+def on_every_device(function: Callable[..., Moved], dispatcher: Dispatcher, work: experts.Work) -> Callable[..., Moved]:
+    """Runs (x_TD, assignments, weights, key) -> Moved on each device's tokens and experts; no mesh, as it is."""
     mesh = sharding.current_mesh()
     if mesh is None or not dispatcher.manual:
         return function
 
-    def local(x_TD: Array, assignments: Assignments, w_in_EDGF: Array, w_out_EFD: Array, b_in_EGF: Array | None,
-              key: Array | None) -> Moved:
+    def local(x_TD: Array, assignments: Assignments, weights: tuple[Array | None, ...], key: Array | None) -> Moved:
         if assignments.local:
             first = jax.lax.axis_index(axes.TOKEN_AXES) * x_TD.shape[0]
             assignments = assignments.replace(token_N=assignments.token_N - first)
         if key is not None:
             key = jax.random.fold_in(key, jax.lax.axis_index(axes.MESH_AXES))
         # What arrives equal on several devices is marked as varying, so that its gradient is summed over them.
-        varying = jax.tree.map(lambda a: sharding.varying_over(a, axes.MESH_AXES),
-                               (x_TD, assignments, w_in_EDGF, w_out_EFD, b_in_EGF))
+        varying = jax.tree.map(lambda a: sharding.varying_over(a, axes.MESH_AXES), (x_TD, assignments, weights))
         moved = function(*varying, key)
 
         def total(count_E: Array, over: Sequence[str]) -> Array:
@@ -218,13 +219,16 @@ def on_every_device(function: Callable[..., Moved], dispatcher: Dispatcher) -> C
             return jax.lax.psum(sharding.varying_over(count_E, over), tuple(over)) // jax.lax.axis_size(axes.MODEL)
 
         counted_over = [name for name in axes.MESH_AXES if name != expert]
-        return Moved(jax.lax.psum(moved.y_TD, axes.MODEL), total(moved.received_E, counted_over),
-                     total(moved.replayed_E, axes.MESH_AXES))
+        return Moved(moved.y_TD if work.split_out else jax.lax.psum(moved.y_TD, axes.MODEL),
+                     total(moved.received_E, counted_over), total(moved.replayed_E, axes.MESH_AXES))
 
-    tokens = P(axes.TOKEN_AXES)
+    def of_tokens(split: bool) -> P:
+        return P(axes.TOKEN_AXES, axes.MODEL if split else None)
+
     expert = axes.EXPERT if dispatcher.splits_experts else None
-    weights = (P(expert, None, None, axes.MODEL), P(expert, axes.MODEL, None), P(expert, None, axes.MODEL))
-    return jax.shard_map(local, in_specs=(tokens, tokens, *weights, P()), out_specs=Moved(tokens, P(expert), P()))
+    weights = tuple(P(expert, *names) for names in work.split)
+    return jax.shard_map(local, in_specs=(of_tokens(work.split_in), P(axes.TOKEN_AXES), weights, P()),
+                         out_specs=Moved(of_tokens(work.split_out), P(expert), P()))
 
 
 def normal(stddev: float, mean: float) -> Callable[..., Array]:
@@ -310,5 +314,9 @@ class MixtureOfExperts(nn.Module):
         if not self.is_initializing():
             self.sow(DECISIONS, "assignments", mixed.assignments)
             self.sow(INPUTS, "x_TD", x_TD)
-        y_BLD = sharding.constrain(mixed.y_TD.reshape(batch, length, model_width), "batch", "length", None)
+        y_TD = mixed.y_TD
+        if self.design.mixture_bias:
+            y_TD += self.param("b_mixed", nn.with_logical_partitioning(nn.initializers.zeros, ("embed",)),
+                               (model_width,)).astype(self.dtype)
+        y_BLD = sharding.constrain(y_TD.reshape(batch, length, model_width), "batch", "length", None)
         return y_BLD, mixed.record, mixed.carry_TC

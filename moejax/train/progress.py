@@ -53,8 +53,7 @@ class Progress:
         tasks = losses_line(record)
         skipped = f"{record['skipped']} steps skipped  " if record.get("skipped") else ""
         self.say(f"step {record['step']}/{self._last}  loss {record['loss']:.4f}{tasks and f' ({tasks})'}  {skipped}"
-                 f"{speed}  "
-                 f"{100 * record['utilisation']:.0f}% of matmul speed  {duration(left)} left")
+                 f"{speed}  {100 * record['utilisation']:.0f}% of matmul speed  {duration(left)} left")
 
     def close(self) -> None:
         """Leaves the bar as it is."""

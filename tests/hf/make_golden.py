@@ -6,7 +6,8 @@ Each folder NAME holds config.json and model.safetensors as transformers saves t
 
     ids, mask, left_ids, left_mask    three prompts padded on the right, and on the left
     logits, left_logits               float32; those at padding mean nothing
-    combine_N                         [tokens, experts] of the N-th sparse layer, right-padded: each expert's weight
+    combine_N                         [tokens, experts] of the N-th sparse layer, right-padded: each expert's weight;
+                                      attention before feed-forward layers, and experts that only copy behind others
     greedy                            eight tokens a prompt, each alone, with the key-value cache
     loss                              mean next-token loss of the right-padded batch
     types, left_types                 encoders: token types; their loss is of all tokens, or of labels 0, 1, 2
@@ -109,6 +110,15 @@ MODELS = {
                           attn_config={"kv_n_heads": 2, "clip_qkv": 2.0, "rope_theta": 500.0},
                           ffn_config={"ffn_hidden_size": (14, 16), "moe_num_experts": 6, "moe_top_k": 2,
                                       "ffn_act_fn": {"name": "silu"}})),
+    "longcat_flash": ("LongcatFlash", LATENT | ROPE | dict(
+        vocab_size=(44, 16), hidden_size=(24, 16), num_layers=2, num_attention_heads=(4, 2), head_dim=(4, 8),
+        ffn_hidden_size=(34, 16), expert_ffn_hidden_size=(14, 16), n_routed_experts=6, zero_expert_num=3, moe_topk=3,
+        routed_scaling_factor=1.7, attention_bias=(True, False), max_position_embeddings=64, pad_token_id=0,
+        bos_token_id=1, eos_token_id=2)),
+    "jetmoe": ("JetMoe", ROPE | dict(
+        vocab_size=(44, 16), hidden_size=(24, 16), num_hidden_layers=2, num_key_value_heads=2, kv_channels=(10, 8),
+        intermediate_size=(14, 16), num_local_experts=6, num_experts_per_tok=(3, 2), rms_norm_eps=0.01, aux_loss_coef=0.02,
+        tie_word_embeddings=(True, False), max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2)),
     "bert": ("BertForMaskedLM", BERT),
     "bert_classifier": ("BertForSequenceClassification", BERT | {"num_labels": 5}),
     "bert_encoder": ("BertModel", BERT),
@@ -118,9 +128,11 @@ MODELS = {
         "d_ff": (14, 16), "num_layers": 4, "num_sparse_encoder_layers": 2, "num_sparse_decoder_layers": 1, "num_experts": 6,
         "expert_capacity": 2, "router_jitter_noise": 0.1}),
 }
-WHOLE = ("GPT2", "Dbrx", "T5", "SwitchTransformers", "BertForMaskedLM", "BertForSequenceClassification", "BertModel")
+WHOLE = ("GPT2", "Dbrx", "LongcatFlash", "JetMoe", "T5", "SwitchTransformers", "BertForMaskedLM",
+         "BertForSequenceClassification", "BertModel")
 """Kinds whose settings are all given above."""
 CLASSES = {"Dbrx": "DbrxForCausalLM", "GPT2": "GPT2LMHeadModel", "Llama4Text": "Llama4ForCausalLM",
+           "LongcatFlash": "LongcatFlashForCausalLM", "JetMoe": "JetMoeForCausalLM",
            "T5": "T5ForConditionalGeneration", "SwitchTransformers": "SwitchTransformersForConditionalGeneration"}
 
 
@@ -139,7 +151,7 @@ def randomise(net, seed):
         for name, p in named.items():
             draw = torch.randn(p.shape, generator=generator)
             if "correction_bias" in name:
-                value = (0.02 if net.config.model_type == "ernie4_5_moe" else 0.1) * draw
+                value = (0.02 if net.config.model_type in ("ernie4_5_moe", "longcat_flash") else 0.1) * draw
             elif "norm" in name.lower() or ".ln_" in name:
                 value = 0.3 * draw + (0 if name.endswith("bias") else 1)
             elif p.ndim == 1 or name.endswith("bias"):
@@ -149,6 +161,8 @@ def randomise(net, seed):
             else:
                 value = 1.5 * draw / p.shape[-1]**0.5
             p.copy_(value.bfloat16().float())
+        for experts in (module for module in net.modules() if type(module).__name__ == "LongcatFlashExperts"):
+            experts.gate_up_proj[experts.num_routed_experts:] = 0  # of identity experts, which have no use for them
 
 
 class Combine:
@@ -161,6 +175,8 @@ class Combine:
                 module.register_forward_hook(self.hook)
             elif type(module).__name__ == "DbrxExperts":  # whose router returns logits only
                 module.register_forward_hook(self.experts_hook)
+            elif type(module).__name__ == "JetMoeTopKGating":  # of attention, then of the feed-forward layer
+                module.register_forward_hook(self.sorted_hook)
 
     def experts_hook(self, module, inputs, outputs):
         """Keeps what the experts of a layer are given to weigh their results with."""
@@ -168,6 +184,13 @@ class Combine:
         _, chosen, weights = inputs
         dense = torch.zeros(chosen.shape[0], module.num_experts).scatter(1, chosen, weights.float())
         self.found.append(dense.detach().numpy())
+
+    def sorted_hook(self, module, inputs, outputs):
+        """Keeps what a router returned, as a list of tokens and weights in the order of experts."""
+        _, token, weight, sizes, logits = outputs
+        dense = torch.zeros_like(logits)
+        dense[token, torch.repeat_interleave(torch.arange(module.num_experts), torch.tensor(sizes))] = weight
+        self.found.append(dense.numpy())
 
     def hook(self, module, inputs, outputs):
         """Keeps what one router returned."""

@@ -15,6 +15,7 @@ from moejax.hf.families import FAMILIES
 from moejax.hf.load import from_hf, read_config
 from moejax.models import transformer
 from moejax.models.stacks import kinds
+from moejax.models.transformer import in_order
 from moejax.moe.layer import DECISIONS, weights_of
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -50,12 +51,14 @@ def both_sides(golden):
 def check_combine(golden, decisions, num_experts, masks):
     """Each sparse layer's weights against those of transformers, of the real tokens among the first of each trunk."""
     wanted = [golden[key] for key in sorted(key for key in golden if key.startswith("combine"))]
-    trees = jax.tree.leaves(decisions, is_leaf=lambda node: hasattr(node, "weight_N"))
-    found = [jax.tree.map(lambda a, r=r: a[r], tree) for tree in trees for r in range(len(tree.token_N))]
+    runs = [jax.tree.leaves(stack, is_leaf=lambda node: hasattr(node, "weight_N")) for _, stack in sorted(
+        decisions.items())]
+    found = [jax.tree.map(lambda a, r=r: a[r], tree) for trees in runs for r in range(len(trees[0].token_N))
+             for tree in trees]
     assert len(found) == len(wanted) == len(masks)
     for got, want_TE, mask_T in zip(found, wanted, masks):
         got_TE = np.asarray(weights_of(got, len(got.token_N) // max(got.choices, 1), num_experts))[:len(mask_T)]
-        yield got_TE[mask_T], want_TE[mask_T]
+        yield got_TE[mask_T], want_TE[mask_T, :num_experts]  # behind them are those that only copy
 
 
 def mean_nll(logits_BLV, targets_BL, counted_BL):
@@ -64,8 +67,8 @@ def mean_nll(logits_BLV, targets_BL, counted_BL):
 
 
 FAST = ("gpt2", "llama3_tied", "mixtral", "qwen2_moe", "olmoe", "deepseek_v2_lite", "deepseek_v3", "gpt_oss",
-        "granitemoeshared", "phimoe", "llama4", "ernie4_5_moe", "bert", "bert_classifier", "bert_encoder", "t5", "t5_v1_1",
-        "switch_transformers")
+        "granitemoeshared", "phimoe", "llama4", "ernie4_5_moe", "longcat_flash", "jetmoe", "bert", "bert_classifier",
+        "bert_encoder", "t5", "t5_v1_1", "switch_transformers")
 """Between them these have every option that some family has."""
 DECODERS, ENCODERS, BOTH = ([pytest.param(name, marks=[] if name in FAST else [pytest.mark.slow]) for name in NAMES
                              if kind_of(name)[0] == kind] for kind in ("decoder", "encoder", "encoder_decoder"))
@@ -85,9 +88,13 @@ def test_logits_loss_and_routing_are_those_of_transformers(name):
     np.testing.assert_allclose(mean_nll(right_BLV[:, :-1], golden["ids"][:, 1:], mask_BL[:, 1:]), golden["loss"], atol=1e-4)
 
     scale = (lambda a: a != 0) if name.startswith("llama4") else (lambda a: a)  # whose weight is on the input
-    masks = [mask_BL.reshape(-1)] * sum(kind.sparse for kind in kinds(model.model, model.moe))
+    each = 2 if model.model.architecture.expert_heads else 1  # of attention, then of the feed-forward layer
+    masks = [mask_BL.reshape(-1)] * (each * sum(kind.sparse for kind in kinds(model.model, model.moe)))
     for got_TE, want_TE in check_combine(golden, decisions, model.moe.num_experts, masks):
         np.testing.assert_allclose(scale(got_TE), scale(want_TE), atol=1e-5)
+    for n, record in enumerate(in_order(output.records) if name not in NO_LEFT_PADDING else ()):
+        chosen_TE = golden[f"combine_{n ^ (each - 1)}"][mask_BL.reshape(-1)] != 0
+        np.testing.assert_array_equal(record.statistics["assigned_E"], 2 * chosen_TE.sum(axis=0))  # padded on either side
 
 
 @pytest.mark.parametrize("name", ENCODERS)

@@ -17,6 +17,7 @@ from moejax.models.blocks import Block
 from moejax.models.depths import DepthRouted
 from moejax.models.sight import look
 from moejax.models.stacks import Kind, trunks
+from moejax.models.stream import Stream
 
 SHARE = 0.3
 
@@ -39,11 +40,11 @@ def one_block(config, train, x_BLD, batch, seed=0, share=SHARE):
     shared = sight, None, context
     params = jax.tree.map(lambda a: jnp.asarray(np.random.default_rng(seed).normal(size=a.shape) * 0.3, jnp.float32),
                           jax.eval_shape(lambda: transformer.nn.meta.unbox(block.init(
-                              jax.random.key(0), x_BLD, None, {}, None, None, *shared))))
-    y_BLD, _, record, _ = jax.jit(lambda params: block.apply(params, x_BLD, None, {}, None, None, *shared))(params)
+                              jax.random.key(0), Stream(x_BLD), {"": {}}, {}, None, *shared))))
+    stream, record, _ = jax.jit(lambda params: block.apply(params, Stream(x_BLD), {"": {}}, {}, None, *shared))(params)
     inner = Block(model.model, model.moe, Kind(False, "full"), jnp.float32)
-    return y_BLD, record, params["params"], lambda x, sight: inner.apply(
-        {"params": params["params"]["block"]}, x, None, {}, None, None, sight, None, context)[0], sight
+    return stream.x_BLD, record[""], params["params"], lambda x, sight: inner.apply(
+        {"params": params["params"]["block"]}, Stream(x), {}, {}, None, sight, None, context)[0].x_BLD, sight
 
 
 @pytest.mark.parametrize("train", [pytest.param(True, marks=pytest.mark.slow), pytest.param(False, marks=pytest.mark.slow)])

@@ -121,7 +121,7 @@ def test_the_gate_is_silu_and_the_other_half_passes():
 def test_auto_goes_by_the_backend(monkeypatch, backend, capability, chosen):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     monkeypatch.setattr(experts, "cuda_capability", lambda: capability)
-    assert experts.choose_compute("auto", *weights(), pairs=9999) == chosen
+    assert experts.choose_compute("auto", weights(), pairs=9999) == chosen
 
 
 @pytest.mark.parametrize("changes, capability, pairs, chosen", [
@@ -133,7 +133,7 @@ def test_hopper_s_kernels_are_chosen_where_they_fit(monkeypatch, changes, capabi
     monkeypatch.setattr(jax, "__version_info__", (0, 11, 2))
     for module in (experts, grouped_hopper):
         monkeypatch.setattr(module, "cuda_capability", lambda: capability)
-    assert experts.choose_compute("auto", *weights(**changes), pairs) == chosen
+    assert experts.choose_compute("auto", weights(**changes), pairs) == chosen
 
 
 def weights(width=256, hidden=512, dtype=jnp.bfloat16):
@@ -142,11 +142,11 @@ def weights(width=256, hidden=512, dtype=jnp.bfloat16):
 
 def test_kernels_for_gpus_are_refused_on_a_cpu():
     with pytest.raises(UserError, match="compute=triton needs a GPU"):
-        experts.choose_compute("triton", *weights(), pairs=1)
+        experts.choose_compute("triton", weights(), pairs=1)
 
 
 def test_only_blocks_need_spare_rows():
-    assert experts.choose_compute("ragged_dot", *weights(), pairs=1) == "ragged_dot"
+    assert experts.choose_compute("ragged_dot", weights(), pairs=1) == "ragged_dot"
     assert (experts.spare_rows("blocked", 13), experts.spare_rows("ragged_dot", 13)) == (2, 0)
 
 

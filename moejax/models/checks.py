@@ -1,4 +1,4 @@
-"""Which settings of a model can be together."""
+"""Options of a model that cannot be together, or that a router cannot do."""
 
 import dataclasses
 
@@ -9,16 +9,34 @@ from moejax.moe import routing
 
 
 def check_experts(model: ModelConfig, moe: MoEConfig) -> None:
-    """Raises `UserError` on merged experts, or experts in few bits, that there cannot be."""
+    """Raises `UserError` on options of sparse blocks that the router or a size does not allow."""
     design, where = model.architecture, "config.model.architecture"
     known = routing.get_router(moe.router)
     check(not design.merged_experts or (known.level == "layer" and known.route is routing.get_router("topk").route
                                         and design.merged_experts <= moe.num_experts),
           f"{where}.merged_experts={design.merged_experts} needs a top-k router and no more than config.moe.num_experts="
           f"{moe.num_experts}; python -m moejax.compress merge makes such models")
+    check(not design.shortcut or known.level == "layer", f"{where}.shortcut needs experts that a block's output can do "
+          f"without for a while; config.moe.router={moe.router} lets tokens pass whole blocks")
+    if moe.every and design.expert_heads:
+        check_heads(model, moe)
     width, hidden = model.embed // moe.latent_divisor, moe.ffn or model.ffn
     check(design.expert_bits != 4 or width % 2 == hidden % 2 == 0, f"{where}.expert_bits=4: numbers go in pairs, so the "
           f"width {width} and the experts' hidden width {hidden} must be even; take 8 bits")
+
+
+def check_heads(model: ModelConfig, moe: MoEConfig) -> None:
+    """Raises `UserError` on experts that are attention heads, where there cannot be such."""
+    design, where = model.architecture, "config.model.architecture.expert_heads"
+    check(routing.get_router(moe.router).route is routing.get_router("topk").route and moe.options.gate == "output",
+          f"{where} needs a top-k router that weighs outputs, not config.moe.router={moe.router}")
+    check(model.heads == model.kv_heads * moe.experts_per_token, f"{where}: a token has the heads of its config.moe."
+          f"experts_per_token={moe.experts_per_token} experts, config.model.kv_heads={model.kv_heads} each, so set "
+          f"config.model.heads to {model.kv_heads * moe.experts_per_token}, not {model.heads}")
+    others = {"latent": bool(design.latent.rank), "qkv_bias": design.qkv_bias,
+              "merged_experts": design.merged_experts is not None}
+    found = [name for name, there in others.items() if there]
+    check(not found, f"{where} is not implemented together with config.model.architecture.{found and found[0]}")
 
 
 def check_router_tasks(model: ModelConfig, moe: MoEConfig, tasks: int) -> None:
@@ -28,6 +46,8 @@ def check_router_tasks(model: ModelConfig, moe: MoEConfig, tasks: int) -> None:
         return
     check(known == tasks, f"{where}={known}, but " + (f"config.data.task has {tasks} tasks" if tasks else "there is one "
           "task only; it is for mixtures (config.data.task.tasks)"))
+    check(not model.architecture.expert_heads, f"{where} is not implemented together with config.model.architecture."
+          "expert_heads")
     router = routing.get_router(moe.router)
     check(moe.every > 0 and router.level == "layer" and bool(router.parameters(moe, model.embed)), f"{where}: there is no "
           f"router that could learn of tasks (config.moe.every={moe.every}, config.moe.router={moe.router}); set it to 0")
@@ -69,6 +89,9 @@ def resolve_model(model: ModelConfig) -> ModelConfig:
                               and model.kv_heads == model.heads),
           f"{where}.latent needs an even rotary_dim below config.model.head_dim={model.head_dim}, a value_dim, and "
           "config.model.kv_heads=config.model.heads")
+    check(not design.shortcut or design.norm_place == "input", f"{where}.shortcut adds to the stream behind a block's "
+          f"layers, so {where}.norm_place must be input, not {design.norm_place}")
+    check(not latent.scaled or latent.rank > 0, f"{where}.latent.scaled needs {where}.latent.rank")
     if latent.rank:
         ignored = [name for name in ("sinks", "attention_scale", "clip_qkv", "temperature_floor") if getattr(design, name)]
         check(not ignored, f"{where}.{ignored and ignored[0]} has no effect with {where}.latent; leave one of them out")
