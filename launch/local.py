@@ -103,7 +103,8 @@ def wait(started: Sequence[subprocess.Popen]) -> int:
             index, status = next((index, status) for index, status in enumerate(ended) if status)
             deadline = time.monotonic() + GRACE_SECONDS
             how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"failed with exit status {status}"
-            print(f"launch: process {index} {how}; ending the others", file=sys.stderr, flush=True)
+            if status not in FINAL:  # of these the process has said enough
+                print(f"launch: process {index} {how}; ending the others", file=sys.stderr, flush=True)
         if time.monotonic() > deadline:
             for process in started:
                 process.kill()

@@ -39,7 +39,7 @@ from moejax.train.held_out import evaluation_line, run_evaluation
 from moejax.train.setup import set_up
 
 SAMPLE_TOKENS = 64
-"""New tokens of the sample at the end of a run."""
+"""New tokens at most of the sample at the end of a run."""
 
 
 def train(config: Config, workdir: Path) -> None:
@@ -261,7 +261,7 @@ def sample(config: Config, finished: loop.Finished) -> str:
     try:
         own = part(transformer.resolve(config), None)
         text, = continuations(finished.model, variables, mesh, finished.prepared.tokenizer, own, [prompt],
-                              max_new_tokens=SAMPLE_TOKENS, temperature=0.8, seed=config.seed)
+                              max_new_tokens=min(SAMPLE_TOKENS, config.model.max_length // 2), temperature=0.8, seed=config.seed)
     except UserError as error:  # the run itself is done and well
         return f"no sample: {error}"
     return f"sample: {prompt}|{text}"

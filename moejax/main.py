@@ -272,7 +272,7 @@ def run(values: flags.FlagValues) -> None:
 def settings_of(values: flags.FlagValues, config: Config | None) -> dict[str, Any]:
     """What all processes of a run must have in common: flags but that for their number, and the resolved keys."""
     names = ("mode", "workdir", "step", "prompt", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "beams",
-             "answers")
+             "answers", "task", "repetition_penalty", "length_penalty")
     given = {f"--{name}": values[name].value for name in names}
     keys = {} if config is None else config_lib.flatten(config_lib.to_dict(config), "config.")
     return given | keys

@@ -18,7 +18,8 @@ from typing import Any, Callable, Iterator, Mapping
 
 import jax
 
-from moejax.config import check
+from moejax.config import UserError, check
+from moejax.exit_status import RunFailed
 
 SILENT_SECONDS = 30
 """After so long without a sign of life a process counts as gone."""
@@ -44,8 +45,7 @@ def described(settings: Mapping[str, Any]) -> dict[str, str]:
     for path in sorted(here.rglob("*.py")):
         code.update(str(path.relative_to(here)).encode() + b"\0" + path.read_bytes() + b"\0")
     own = {"version of jax": jax.__version__, "version of Python": platform.python_version(),
-           "moejax's code": code.hexdigest()[:16], "kind of devices": jax.devices()[0].device_kind,
-           "number of devices": str(jax.local_device_count())}
+           "moejax's code": code.hexdigest()[:16], "kind of devices": jax.local_devices()[0].device_kind}
     return own | {name: repr(value) for name, value in settings.items()}
 
 
@@ -77,6 +77,19 @@ def check_alike(settings: Mapping[str, Any], store: Any = None, index: int = 0, 
             first, second = said[0].get(name, "nothing"), theirs.get(name, "nothing")
             check(first == second, f"process {other} has another {name} than process 0 ({second}, not {first}); start all "
                   "processes with the same command, code and environment")
+
+
+def gather(name: str, text: str, seconds: int = 600) -> list[str]:
+    """The texts of all processes under a name that is used once, on process 0; there it waits for them. Others get none."""
+    store, count = client(), jax.process_count()
+    store.key_value_set(f"moejax/gather/{name}/{jax.process_index()}", text)
+    if jax.process_index():
+        return []
+    keys = [f"moejax/gather/{name}/{index}" for index in range(count)]
+    said = [store.blocking_key_value_get(key, 1000 * seconds) for key in keys]
+    for key in keys:
+        store.key_value_delete(key)
+    return said
 
 
 class Silence:
@@ -131,7 +144,7 @@ def watched(store: Any, index: int, count: int, end: Callable[[str], None] = end
 
     def beat() -> None:
         number = 0
-        while not done.wait(min(BEAT_SECONDS, seconds / 5)):
+        while number == 0 or not done.wait(min(BEAT_SECONDS, seconds / 5)):
             number += 1
             try:
                 store.key_value_set(f"moejax/alive/{index}", f"{number} {who}", allow_overwrite=True)
@@ -150,18 +163,24 @@ def watched(store: Any, index: int, count: int, end: Callable[[str], None] = end
     if store is None or count == 1:
         yield
         return
+    ended = False
     threads = [threading.Thread(target=work, daemon=True) for work in (beat, look)]
     for thread in threads:
         thread.start()
     try:
         yield
-    except jax.errors.JaxRuntimeError:
-        print("moejax: a computation shared with other processes failed; looking which of them is gone ...",
-              file=sys.stderr, flush=True)
+        ended = True
+    except (UserError, RunFailed):
+        ended = True  # all processes come to the same
+        raise
+    except jax.errors.JaxRuntimeError as error:
+        print(f"moejax: a computation failed ({str(error).splitlines()[0][:200]}); looking whether another process is gone "
+              "...", file=sys.stderr, flush=True)
         time.sleep(seconds + 2 * BEAT_SECONDS)  # in which the watch ends this one if there is such
         raise
     finally:
         done.set()
         threads[0].join(BEAT_SECONDS)
-        with contextlib.suppress(jax.errors.JaxRuntimeError):
-            store.key_value_delete(f"moejax/alive/{index}")  # so that nobody waits for it
+        if ended:  # else the others are to miss it
+            with contextlib.suppress(jax.errors.JaxRuntimeError):
+                store.key_value_delete(f"moejax/alive/{index}")

@@ -73,7 +73,7 @@ def test_all_processes_name_what_differs(other, name):
 
 def test_code_and_versions_are_compared(monkeypatch):
     own = peers.described({})
-    for name in ("version of jax", "version of Python", "moejax's code", "number of devices"):
+    for name in ("version of jax", "version of Python", "moejax's code", "kind of devices"):
         assert own[name]
     store = Memory()
     store.key_value_set("moejax/alike/1", '{"moejax\'s code": "older"}')

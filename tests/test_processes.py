@@ -293,6 +293,50 @@ def test_the_launcher_hands_signals_on(here):
     assert process.returncode == 130 and err.count("moejax: interrupted") == 2
 
 
+def test_the_launcher_begins_again_as_often_as_it_may(here):
+    (here / "x.py").write_text("import os, signal, sys\nfrom pathlib import Path\n"
+                               "if '--process_id=1' in sys.argv:\n    Path(f'begun{os.getpid()}').touch()\n"
+                               "    os.kill(os.getpid(), signal.SIGKILL)\nimport time\ntime.sleep(60)\n")
+    process = command(str(ROOT / "launch/local.py"), "--processes=2", "--devices=1", "--restarts=1", "--", "--config=x.py",
+                      "--workdir=w")
+    _, err = process.communicate(timeout=100)
+    assert process.returncode == 128 + signal.SIGKILL and len(list(here.glob("begun*"))) == 2
+    assert err.count("launch: process 1 was ended by SIGKILL") == 2 and err.count("beginning again (0 more") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", (signal.SIGKILL, signal.SIGSTOP))
+@pytest.mark.parametrize("gone", (0, 1))
+def test_a_process_that_is_killed_or_stands_still_is_named_by_the_others(here, number, gone):
+    flags = ("--config=c.py", "--config.mesh.data=2")
+    started = several(2, 1, *flags, "--workdir=w", pause=0.3)
+    while not Path("w/metrics.jsonl").exists() or max(losses(Path("w")), default=(0,))[0] < 4:
+        assert all(process.poll() is None for process in started), finish(started)
+        time.sleep(0.05)
+    started[gone].send_signal(number)
+    begin = time.monotonic()
+    _, err = started[1 - gone].communicate(timeout=100)
+    assert started[1 - gone].returncode not in (0, None) and time.monotonic() - begin < 60
+    assert f"process {gone}" in err or gone == 0 and "leader" in err, err
+    started[gone].kill()
+    started[gone].communicate()
+    assert main(["main", *flags, "--workdir=w", "--config.mesh.data=1"]) == 0  # goes on from the last checkpoint
+    assert max(losses(Path("w")))[0] == 12
+
+
+@pytest.mark.slow
+def test_processes_with_other_configs_end_and_name_the_key(here):
+    coordinator = address()
+    started = [command("-m", "moejax.main", "--config=c.py", "--workdir=w", f"--config.seed={7 * index}",
+                       f"--coordinator={coordinator}", "--num_processes=2", f"--process_id={index}") for index in range(2)]
+    begin = time.monotonic()
+    for process in started:
+        _, err = process.communicate(timeout=100)
+        assert process.returncode == 2
+        assert "process 1 has another config.seed than process 0 (7, not 0)" in err and "Traceback" not in err
+    assert time.monotonic() - begin < 60 and not Path("w").exists()
+
+
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     """The losses of one process with one device."""

@@ -48,7 +48,7 @@ MAY_IMPORT = {
     "objectives.span_corruption": set(),
     "metrics": set(),
     "data": {"objectives.masked_lm", "objectives.prefix_lm", "objectives.span_corruption"},
-    "checkpoint": {"sharding"},
+    "checkpoint": {"sharding", "peers"},
     "evaluation": {"models", "checkpoint", "sharding", "metrics"},
     "generation": {"models", "checkpoint", "layers", "moe.routing"},
     "train.optimizer": {"sharding"},

@@ -8,27 +8,53 @@ against faults, not against forgers.
 """
 
 import math
+from functools import partial
 from typing import Any, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 _GOLDEN, _FIRST, _SECOND, _OTHER = 0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35, 0x846CA68B
 _BLOCK = 1 << 16
 """Words hashed at once on the host: their copies stay in the cache."""
 
 
-@jax.jit
-def on_devices(a: jax.Array) -> jax.Array:
-    """The hash of an array where it is; under `jit`, with a sum over devices if it is sharded.
+def on_devices(a: jax.Array) -> list[jax.Array]:
+    """The hashes of the parts of an array for which this process answers, each on the device where the part is.
+
+    Nothing is summed over devices: on CPUs many programs at once that do can stand still, each waiting for a thread that
+    another holds.
 
     Args:
       a: of any type of 1, 2, 4 or 8 bytes.
 
     Returns:
-      uint32 [2].
+      uint32, 2 numbers each, for `own_part`; those of all processes add up to the hash of the array.
     """
+    if not isinstance(a.sharding, NamedSharding):
+        return [_of_part(a, np.zeros(a.ndim + 1, np.uint32), a.shape)]
+    mesh, index_of = a.sharding.mesh, a.sharding.devices_indices_map(a.shape)
+    begins = np.array([[part.indices(size)[0] for part, size in zip(index_of[device], a.shape, strict=True)] + [0]
+                       for device in mesh.devices.flat], np.uint32)
+    one_each = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    found = _of_parts(a, jax.make_array_from_callback(begins.shape, one_each, begins.__getitem__), a.sharding)
+    by_device = {shard.device: shard.data for shard in found.addressable_shards}
+    return [by_device[shard.device] for shard in a.addressable_shards if shard.replica_id == 0]
+
+
+@partial(jax.jit, static_argnames="placed")
+def _of_parts(a: jax.Array, begins: jax.Array, placed: NamedSharding) -> jax.Array:
+    """The hash of each device's part, uint32 [devices, 2]."""
+    axes = PartitionSpec(placed.mesh.axis_names)
+    return jax.shard_map(lambda part, begin: _of_part(part, begin[0], a.shape)[None], mesh=placed.mesh,
+                         in_specs=(placed.spec, axes), out_specs=axes, check_vma=False)(a, begins)
+
+
+@partial(jax.jit, static_argnames="shape")
+def _of_part(a: jax.Array, begin: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """The hash of a part that begins there in an array of that shape."""
     if a.dtype.itemsize == 1:
         word = a.astype(jnp.uint8) if a.dtype == jnp.bool_ else jax.lax.bitcast_convert_type(a, jnp.uint8)
     elif a.dtype.itemsize == 2:
@@ -37,8 +63,8 @@ def on_devices(a: jax.Array) -> jax.Array:
         word = jax.lax.bitcast_convert_type(a, jnp.uint32)  # of 8 bytes: adds a dimension of 2, the low half first
     word = word.astype(jnp.uint32)
     index = jnp.zeros(word.shape, jnp.uint32)
-    for axis, stride in enumerate(_strides(word.shape)):
-        index += jax.lax.broadcasted_iota(jnp.uint32, word.shape, axis) * np.uint32(stride)
+    for axis, stride in enumerate(_strides((*shape, *word.shape[len(shape):]))):
+        index += (begin[axis] + jax.lax.broadcasted_iota(jnp.uint32, word.shape, axis)) * np.uint32(stride)
     h = word + index * np.uint32(_GOLDEN)
     h = (h ^ (h >> 16)) * np.uint32(_FIRST)
     h = (h ^ (h >> 13)) * np.uint32(_SECOND)
@@ -81,9 +107,19 @@ def combine(parts: Sequence[Any]) -> np.ndarray:
     return np.sum(np.asarray(parts, np.uint32), axis=0, dtype=np.uint32)
 
 
+def own_part(parts: Sequence[Any]) -> np.ndarray:
+    """What this process adds to the hash of an array, from what `on_devices` gave; waits for it."""
+    return combine([np.zeros(2, np.uint32), *(np.asarray(part).reshape(2) for part in parts)])
+
+
 def text(digest: Any) -> str:
     """16 hexadecimal digits."""
     return "".join(f"{int(lane):08x}" for lane in np.asarray(digest))
+
+
+def of_text(digits: str) -> np.ndarray:
+    """The hash that `text` wrote."""
+    return np.array([int(digits[:8], 16), int(digits[8:], 16)], np.uint32)
 
 
 def _strides(shape: Sequence[int]) -> list[int]:

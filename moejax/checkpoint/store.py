@@ -21,6 +21,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from moejax import peers
 from moejax.checkpoint import arrays, digest
 from moejax.checkpoint import manifest as manifests
 from moejax.checkpoint.manifest import Damaged, Manifest, Stored, Unverified
@@ -85,6 +86,7 @@ class Store:
         self._writer: ocp.AsyncCheckpointer | None = None
         self._sealing: threading.Thread | None = None
         self._damaged: set[int] = set()
+        self._saves = 0
         self.failure: NotSaved | None = None
         if not read_only and self._chief:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -104,6 +106,7 @@ class Store:
             checkpoint is never the best.
         """
         self.wait()
+        self._saves += 1
         hashes = {item: {name: (leaf.shape, leaf.dtype, _digest(leaf)) for name, leaf in arrays.named(tree).items()}
                   for item, tree in items.items()}
         trees = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
@@ -131,17 +134,18 @@ class Store:
         """Steps of the checkpoints that there are, good or bad, oldest first."""
         return [int(path.name) for path in step_folders(self.folder)]
 
-    def restore(self, like: Mapping[str, Any], step: int | None = None) -> Restored:
+    def restore(self, like: Mapping[str, Any], step: int | None = None, before: float = math.inf) -> Restored:
         """Reads a checkpoint and verifies it: every array and the position in the data. All processes call it together.
 
         Args:
           like: by item, shapes, types and shardings (`jax.ShapeDtypeStruct`) to read into; other items are left alone.
           step: which one; None takes the newest that is good, and says so if that is not the newest.
+          before: takes none of this step or later.
 
         Raises:
           UserError: there is none, or none that is good.
         """
-        steps = self.steps()
+        steps = [one for one in self.steps() if one < before]
         check(bool(steps), f"{self.folder}: no checkpoint; train first, or give another --workdir")
         check(step is None or step in steps,
               f"{self.folder}: no checkpoint of --step={step}; there are {', '.join(map(str, steps))}")
@@ -205,10 +209,12 @@ class Store:
         """In the background: waits for Orbax, writes the manifest, gives the checkpoint its name, removes old ones."""
         try:
             self._writer.wait_until_finished()
+            names = [(item, name) for item in hashes for name in hashes[item]]
+            found = dict(zip(names, _gathered(f"hashes/{self._saves}", [hashes[item][name][2] for item, name in names])))
             if self._chief:
                 part, place = self.folder / f"{step}.part", self.folder / str(step)
-                stored = {item: {name: Stored(shape, np.dtype(dtype).name, digest.text(one))
-                                 for name, (shape, dtype, one) in named.items()} for item, named in hashes.items()}
+                stored = {item: {name: Stored(shape, np.dtype(dtype).name, digest.text(found[item, name]))
+                                 for name, (shape, dtype, _) in named.items()} for item, named in hashes.items()}
                 manifests.write(part, Manifest(step, time.time(), self._metric, value, stored, *manifests.take(part)))
                 _remove(place)
                 part.rename(place)
@@ -312,8 +318,21 @@ def step_folders(folder: Path) -> list[Path]:
     return sorted((path for path in folder.iterdir() if STEP.fullmatch(path.name)), key=lambda path: int(path.name))
 
 
-def _digest(leaf: Any) -> Any:
-    return digest.on_devices(leaf) if isinstance(leaf, jax.Array) else digest.on_host(np.asarray(leaf))
+def _digest(leaf: Any) -> list[Any]:
+    """Of the parts for which this process answers; of what lies on hosts that is process 0."""
+    if isinstance(leaf, jax.Array):
+        return digest.on_devices(leaf)
+    return [digest.on_host(np.asarray(leaf))] if jax.process_index() == 0 else []
+
+
+def _gathered(name: str, parts_N: list[list[Any]]) -> list[np.ndarray]:
+    """The hashes of N arrays from those of their parts in all processes, on process 0. It computes on no device, for it
+    runs beside the training."""
+    own = [digest.own_part(parts) for parts in parts_N]
+    if jax.process_count() == 1:
+        return own
+    said = peers.gather(name, " ".join(map(digest.text, own)))
+    return [digest.combine([digest.of_text(one) for one in of_all]) for of_all in zip(*(one.split() for one in said))]
 
 
 def _remove(path: Path) -> None:

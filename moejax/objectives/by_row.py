@@ -26,7 +26,7 @@ def with_rows(objective: Objective, rows: int) -> Objective:
         log_z_BL = jax.nn.logsumexp(logits_BLV, axis=-1)
         is_target_BLV = jnp.arange(logits_BLV.shape[-1]) == targets_BL[..., None]
         target_BL = jnp.sum(jnp.where(is_target_BLV, logits_BLV, 0.0), axis=-1)
-        wrong_BL = (target_BL < jnp.max(logits_BLV, axis=-1)).astype(jnp.float32)
+        wrong_BL = (~(target_BL >= jnp.max(logits_BLV, axis=-1))).astype(jnp.float32)  # so is what is no number
 
         def by_row(value_BL: Array) -> Array:
             return jnp.zeros(rows).at[row_BL[:, 0]].add(jnp.sum(jnp.where(mask_BL, value_BL, 0.0), axis=-1))

@@ -12,6 +12,8 @@ from moejax.sharding import flat
 from moejax.train.state import TrainState
 from moejax.train.step import Batch, Functions, gradients
 
+SOUND = "all parameters, outputs and gradients are finite"
+
 
 class Findings(NamedTuple):
     """Whether all numbers are finite.
@@ -64,7 +66,7 @@ def first_unsound(config: Config, findings: Findings) -> str:
     bad = ["/".join(path) for path, sound in flat(found.grads).items() if not sound]
     if bad:
         return f"the loss is finite, the gradient of {named(bad)} is not"
-    return "all parameters, outputs and gradients are finite"
+    return SOUND
 
 
 def named(names: list[str]) -> str:

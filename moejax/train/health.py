@@ -82,7 +82,7 @@ class Watch:
         self._options = options
         self.health = restored(saved and saved["health"])
         if self.exhausted():  # the run that ended so goes on: by another config, or because it was asked to
-            self.health = self.health._replace(in_row=0)
+            self.health = self.health._replace(in_row=0, recent=())  # what seemed to be spikes may be how losses are now
         self._unread: list[Any] = [Outcome(*one) for one in saved["unread"]] if saved else []
 
     def limit(self) -> tuple[np.float32, ...]:
@@ -92,14 +92,8 @@ class Watch:
     def add(self, means: Mapping[str, jax.Array]) -> None:
         """Takes the report of a step."""
         self._unread.append(Outcome(means["loss"], means["skipped"]))
-        if self._options.spike is not None:
-            self.read()
-
-    def read(self) -> int:
-        """Reads all but the last steps, if the run's limits did not make it do so before; returns how many were skipped."""
-        before, done, self._unread = self.health, self._unread[:-LAG], self._unread[-LAG:]
-        self.health = before.after(self._options, self._fetched(done))
-        return self.health.skipped - before.skipped
+        done, self._unread = self._unread[:-LAG], self._unread[-LAG:]
+        self.health = self.health.after(self._options, self._fetched(done))
 
     def exhausted(self) -> bool:
         """Whether the run has to end; see `Health.exhausted`."""

@@ -31,7 +31,7 @@ from moejax.models.transformer import Transformer, in_head, in_order
 from moejax.sharding import flat
 from moejax.train.benchmark import matmul_ceiling
 from moejax.train.best import Best
-from moejax.train.diagnosis import first_unsound
+from moejax.train.diagnosis import SOUND, first_unsound
 from moejax.train.health import LAG, Watch
 from moejax.train.held_out import evaluation_line, run_evaluation
 from moejax.train.progress import Progress
@@ -93,6 +93,11 @@ def train(config: Config, workdir: Path) -> Finished:
                   f"be written ({store.failure and store.failure.reason}); make room there, and the same command goes on "
                   "from the one before")
         return finished
+    except RunFailed:
+        store.close()
+        with processes.same_fate():
+            pass  # none ends the others while the checkpoint is being sealed
+        raise
     finally:
         store.close()
         if recorder:
@@ -154,8 +159,8 @@ def _run(setup: Setup, prepared: Prepared, store: Store, recorder: Recorder | No
     if step < options.steps and not ended:
         progress.say("compiling the train step ...")
     while step < options.steps and not (stopped or ended or failed):
-        latest.append(taught(setup.put(next(loader))))
-        state, means, records = setup.train_step(state, latest[-1], *watch.limit())
+        latest.append(setup.put(next(loader)))
+        state, means, records = setup.train_step(state, taught(latest[-1]), *watch.limit())
         step += 1
         meter.add(means, records)
         watch.add(means)
@@ -167,7 +172,6 @@ def _run(setup: Setup, prepared: Prepared, store: Store, recorder: Recorder | No
             if recorder:
                 recorder.write(record)
             progress.record(record)
-            watch.read()
         failed = watch.exhausted()
         if step % options.eval_every == 0 or last:
             with meter.paused():
@@ -191,8 +195,8 @@ def _run(setup: Setup, prepared: Prepared, store: Store, recorder: Recorder | No
         progress.say(f"{best.said(tuning)}; --step={best.step} takes it")
     progress.close()
     if failed:
-        back = watch.since_skipped()
-        reason = first_unsound(config, setup.examine(state, latest[-1 - back], np.int32(back + 1)))
+        back = min(watch.since_skipped(), len(latest) - 1)
+        reason = first_unsound(config, setup.examine(state, taught(latest[-1 - back]), np.int32(back + 1)))
         raise RunFailed(gave_up(step - back, watch.health.in_row, reason))
     if evaluation is None and not stopped:
         evaluation = run_evaluation(setup, prepared, state.params, state.router_state, step)
@@ -210,6 +214,7 @@ def items(state: TrainState) -> dict[str, Any]:
 
 def gave_up(step: int, in_row: int, reason: str) -> str:
     """What to say of a run that ends because of steps that were skipped."""
+    reason = "its loss was above the limit of config.train.faults.spike" if reason == SOUND else reason
     return (f"step {step}: {in_row} steps in a row were skipped, the last because {reason}; --mode=replay --step={step} "
             "shows it with its batch. A lower config.optimizer.learning_rate or other data may help; with "
             "--config.train.faults.max_skipped=None the same command goes on")
@@ -229,7 +234,7 @@ def start(setup: Setup, store: Store, loader: Any, before: float = math.inf) -> 
         with processes.same_fate():
             given = initial_variables(setup, {"params": fresh.params, "router": fresh.router_state})
         return fresh.replace(params=given["params"], router_state=given["router"]), 0, nothing, Watch(faults)
-    restored = store.restore(place(items(setup.shapes), items(setup.shardings)), None if before == math.inf else steps[-1])
+    restored = store.restore(place(items(setup.shapes), items(setup.shardings)), before=before)
     loader.set_state(restored.data["loader"])
     model, training = restored.items["model"], restored.items["training"]
     return TrainState(training["step"], model["params"], training["opt_state"], model["router"],

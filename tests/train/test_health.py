@@ -65,12 +65,20 @@ def test_a_run_gives_up_after_that_many_in_a_row_and_then_has_as_many_more():
     options = Faults(max_skipped=3)
     for outcomes, ends in (([bad] * 3, True), ([bad] * 2, False), ([bad, bad, good, bad], False), ([good] * 9, False)):
         watch, _ = watched(options, outcomes + [good] * LAG)
-        watch.read()
         assert watch.exhausted() == ends
     watch, _ = watched(options, [bad] * (3 + LAG))
-    assert watch.read() == 3 and watch.exhausted() and watch.since_skipped() == 0
+    assert watch.health.skipped == 3 and watch.exhausted() and watch.since_skipped() == 0
     assert not Watch(options, watch.saved()).exhausted()
     assert not watched(Faults(max_skipped=None), [bad] * 40)[0].exhausted()
+
+
+def test_after_a_rise_that_lasts_a_run_that_is_begun_again_goes_on():
+    watch, _ = watched(SPIKES, [Outcome(2.0, False)] * 6)
+    for _ in range(9):
+        watch, _ = watched(SPIKES, [Outcome(2.5, 2.5 > watch.health.limit(SPIKES))], watch)
+        if watch.exhausted():
+            watch = Watch(SPIKES, watch.saved())
+    assert watch.health.recent[-1] == 2.5
 
 
 def test_what_has_no_effect_is_refused():
