@@ -261,7 +261,8 @@ def sample(config: Config, finished: loop.Finished) -> str:
     try:
         own = part(transformer.resolve(config), None)
         text, = continuations(finished.model, variables, mesh, finished.prepared.tokenizer, own, [prompt],
-                              max_new_tokens=min(SAMPLE_TOKENS, config.model.max_length // 2), temperature=0.8, seed=config.seed)
+                              max_new_tokens=min(SAMPLE_TOKENS, config.model.max_length // 2), temperature=0.8,
+                              seed=config.seed)
     except UserError as error:  # the run itself is done and well
         return f"no sample: {error}"
     return f"sample: {prompt}|{text}"
