@@ -65,7 +65,8 @@ def test_blocks_do_not_show(shape):
 @pytest.mark.parametrize("shape", ((), (5,), (4, 8, 3)))
 def test_devices_hash_as_the_host(dtype, shape):
     a = draw(shape, dtype)
-    assert digest.own_part(digest.on_devices(jnp.asarray(a))).tolist() == digest.on_host(a).tolist()
+    for hashed in (digest.on_devices, digest.on_accelerators):
+        assert digest.own_part(hashed(jnp.asarray(a))).tolist() == digest.on_host(a).tolist()
 
 
 @pytest.mark.parametrize("spec", ((None, "data"), ("data", "model"), (("model", "data"),), (None, None, None)))
@@ -74,7 +75,8 @@ def test_a_sharded_array_hashes_as_a_whole_one(spec):
     a = draw((8, 16, 3), "float32")
     placed = jax.device_put(a, NamedSharding(mesh, PartitionSpec(*spec)))
     with jax.set_mesh(mesh):
-        assert digest.own_part(digest.on_devices(placed)).tolist() == digest.on_host(a).tolist()
+        for hashed in (digest.on_devices, digest.on_accelerators):
+            assert digest.own_part(hashed(placed)).tolist() == digest.on_host(a).tolist()
 
 
 @settings(max_examples=60, deadline=None)

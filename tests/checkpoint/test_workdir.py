@@ -40,7 +40,8 @@ def another(name: str) -> Config:
                   str: [*field.metadata["choices"], "other", "hash"], tuple[int, ...]: [[1]],
                   typing.Any: [{"model.architecture": {"sinks": True}, "moe.options": {"groups": 2},
                                 "data.task": {"objective": "prefix_lm"},
-                                    "train.finetune": {"freeze": ["final_norm/*"]}}.get(name)]}[kind]
+                                "train.faults": {"spike": 3.0},
+                                "train.finetune": {"freeze": ["final_norm/*"]}}.get(name)]}[kind]
     for value in candidates:
         try:
             if value != default:

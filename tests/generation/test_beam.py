@@ -58,7 +58,7 @@ def test_one_beam_follows_the_most_probable_token():
     assert (found.lengths == 6).all()
 
 
-@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("scan", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_more_beams_find_no_worse_and_neighbours_change_nothing(scan, monkeypatch):
     from moejax.generation import begin
     monkeypatch.setattr(begin, "UNROLLED_LAYERS", 0 if scan else 16)

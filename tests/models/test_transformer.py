@@ -92,7 +92,7 @@ def test_batch_mates_change_nothing_in_evaluation(router):
 @pytest.mark.parametrize("changes", [
     pytest.param({"train__remat": "full"}, marks=pytest.mark.slow),
     pytest.param({"train__remat": "dots"}, marks=pytest.mark.slow),
-    {"train__scan_layers": False}])
+    pytest.param({"train__scan_layers": False}, marks=pytest.mark.slow)])
 def test_remat_and_unrolling_change_nothing(changes):
     """Gradients, and counts of the routers, which recomputation must not double."""
     def gradient(config):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from moejax.moe.weights import dequantise, inputs_of_a_scale, quantise
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(st.integers(1, 4), st.integers(1, 40), st.integers(1, 5), st.sampled_from([4, 8]), st.integers(0, 99))
 def test_every_number_is_off_by_half_a_scale_at_most(experts, half, outputs, bits, seed):
     w = np.random.default_rng(seed).normal(size=(experts, 2 * half, 2, outputs)).astype(np.float32)

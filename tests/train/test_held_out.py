@@ -61,6 +61,7 @@ def weighted(record, weights):
     return sum(record[f"task/{name}/loss"] * weight for name, weight in weights.items())
 
 
+@pytest.mark.slow
 def test_records_hold_each_task_and_add_up(run):
     workdir, finished = run
     records = read(workdir)
@@ -127,6 +128,7 @@ def test_a_mixture_of_one_task_trains_as_the_task_alone_bit_for_bit(records, tmp
     assert one.evaluation[f"task/{task}/loss"] == other.evaluation["loss"]
 
 
+@pytest.mark.slow
 def test_the_best_goes_by_a_task_and_prompts_need_one(run, records, capfd):
     workdir, finished = run
     assert finished.best.metric == "task/words/loss" and finished.best.value == finished.evaluation["task/words/loss"]

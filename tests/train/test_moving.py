@@ -42,6 +42,7 @@ def test_a_frozen_pattern_stays_and_has_no_moments():
     assert (2, 5, 24, 2, 12) not in kept and (37, 24) not in kept
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["adamw", pytest.param("muon", marks=pytest.mark.slow),
                                   pytest.param("adafactor", marks=pytest.mark.slow)])
 def test_only_what_train_names_moves(name):
@@ -49,6 +50,7 @@ def test_only_what_train_names_moves(name):
     assert {path[-1] for path, by in moved.items() if np.any(by)} == {"router_w_DE", "scale"}
 
 
+@pytest.mark.slow
 def test_frozen_blocks_stay_and_the_others_move_as_without_clipping_by_them():
     moved, _ = stepped(freeze_blocks=(0, 2))
     for path, by in moved.items():
@@ -74,6 +76,7 @@ def test_layer_decay_scales_the_rate_by_depth():
         np.testing.assert_allclose(scaled[path][layer], factor * whole[path][layer], rtol=1e-3, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_with_adapters_nothing_else_moves():
     moved, state = stepped(lora_rank=2, lora=("*attention/w_*", "*/moe/w_*"))
     for path, by in moved.items():

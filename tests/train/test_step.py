@@ -42,6 +42,7 @@ def test_micro_batches_add_up_to_the_big_batch(changes):
     assert max(relative_errors(split[2], whole[2]).values()) < 1e-5
 
 
+@pytest.mark.slow
 def test_the_balance_loss_of_global_scope_needs_the_whole_load():
     """Without the extra pass the parts would not add up: the test above can fail."""
     config = tiny_config(**SMALL, moe__balance_weight=0.5)
@@ -52,6 +53,7 @@ def test_the_balance_loss_of_global_scope_needs_the_whole_load():
     assert max(relative_errors(split, whole).values()) > 1e-3
 
 
+@pytest.mark.slow
 def test_the_bias_moves_once_a_step_by_the_whole_batch():
     config = tiny_config(moe__bias_rate=0.1, train__remat="full")
     functions, optimizer, state = fresh(config)
