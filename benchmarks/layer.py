@@ -96,7 +96,7 @@ def movement(config: MoEConfig, x_TD: Any, dy_TD: Any, rng: np.random.Generator)
 
 def rows_ratio(config: MoEConfig, load_E: np.ndarray) -> float:
     """Rows that are multiplied over rows that hold a token."""
-    if config.compute not in ("auto", "blocked") or jax.default_backend() != "cpu":
+    if config.compute != "blocked" and (config.compute, jax.default_backend()) != ("auto", "cpu"):
         return 1.0
     block = blocked.fit_block(config.block_rows, int(load_E.sum()), config.num_experts)
     return sum(blocked.rows_computed(int(size), block) for size in load_E) / load_E.sum()

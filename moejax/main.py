@@ -263,7 +263,7 @@ def run(values: flags.FlagValues) -> None:
     config = make_config(values, workdir)
     from moejax import peers, processes
     processes.start(values.coordinator, values.num_processes, values.process_id, values.coordinator_timeout)
-    where = peers.client(), *processes.place()
+    where = peers.place()
     peers.check_alike(settings_of(values, config), *where)
     with peers.watched(*where):
         carry_out(values, config, workdir)

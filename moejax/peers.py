@@ -34,6 +34,11 @@ def client() -> Any:
     return distributed.global_state.client
 
 
+def place() -> tuple[Any, int, int]:
+    """The store, the number of this process, and how many there are: what the functions below take."""
+    return client(), jax.process_index(), jax.process_count()
+
+
 def described(settings: Mapping[str, Any]) -> dict[str, str]:
     """What must be the same in all processes, by name.
 
@@ -81,9 +86,9 @@ def check_alike(settings: Mapping[str, Any], store: Any = None, index: int = 0, 
 
 def gather(name: str, text: str, seconds: int = 600) -> list[str]:
     """The texts of all processes under a name that is used once, on process 0; there it waits for them. Others get none."""
-    store, count = client(), jax.process_count()
-    store.key_value_set(f"moejax/gather/{name}/{jax.process_index()}", text)
-    if jax.process_index():
+    store, own, count = place()
+    store.key_value_set(f"moejax/gather/{name}/{own}", text)
+    if own:
         return []
     keys = [f"moejax/gather/{name}/{index}" for index in range(count)]
     said = [store.blocking_key_value_get(key, 1000 * seconds) for key in keys]

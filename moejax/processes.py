@@ -113,11 +113,6 @@ def _join(seconds: int, where: str, arguments: Mapping[str, Any]) -> None:
     check(not failures, f"{where}: {', '.join(failures)}")
 
 
-def place() -> tuple[int, int]:
-    """The number of this process, and how many there are."""
-    return jax.process_index(), jax.process_count()
-
-
 @contextlib.contextmanager
 def same_fate() -> Iterator[None]:
     """All processes leave the block together, and if one raises a `UserError` inside, all of them do.

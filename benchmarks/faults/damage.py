@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-MANIFEST = "manifest.json"
+from moejax.checkpoint import manifest
 
 
 def files(folder: Path) -> list[Path]:
@@ -47,7 +47,7 @@ def delete(folder: Path, rng: np.random.Generator) -> str:
 
 def tear_manifest(folder: Path, rng: np.random.Generator) -> str:
     """Leaves of the manifest what a crash may leave: none, nothing, its beginning, or zeros for its end."""
-    path = folder / MANIFEST
+    path = folder / manifest.NAME
     content = path.read_bytes()
     kept, how = int(rng.integers(1, len(content))), int(rng.integers(4))
     if how == 0:

@@ -33,7 +33,8 @@ def table(records: Mapping[str, Mapping[str, Any]]) -> str:
              if name.startswith("task/") and name.endswith("/loss")]
     lines = ["| run | step | " + " | ".join(names) + " | mean |", "| --- |" + " --- |" * (len(names) + 2)]
     for run, record in records.items():
-        losses = [record.get(f"task/{name}/loss", float("nan")) for name in names] + [record["tasks/loss"]]
+        losses = [record.get(name) for name in (*(f"task/{name}/loss" for name in names), "tasks/loss")]
+        losses = [float("nan") if loss is None else loss for loss in losses]  # a run that diverged has none
         lines.append(f"| {run} | {record['step']} | " + " | ".join(f"{loss:.4f}" for loss in losses) + " |")
     return "\n".join(lines)
 

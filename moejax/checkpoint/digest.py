@@ -34,8 +34,8 @@ def on_devices(a: jax.Array) -> list[jax.Array]:
       uint32, 2 numbers each, for `own_part`; those of all processes add up to the hash of the array.
     """
     if all(device.platform == "cpu" for device in a.sharding.device_set):  # there nothing needs to compile
-        return [on_host(np.asarray(shard.data), [part.indices(size)[0] for part, size in zip(
-            shard.index, a.shape, strict=True)], a.shape) for shard in a.addressable_shards if shard.replica_id == 0]
+        return [on_host(np.asarray(shard.data), _begin(shard.index, a.shape), a.shape)
+                for shard in a.addressable_shards if shard.replica_id == 0]
     return on_accelerators(a)
 
 
@@ -44,12 +44,16 @@ def on_accelerators(a: jax.Array) -> list[jax.Array]:
     if not isinstance(a.sharding, NamedSharding):
         return [_of_part(a, np.zeros(a.ndim + 1, np.uint32), a.shape)]
     mesh, index_of = a.sharding.mesh, a.sharding.devices_indices_map(a.shape)
-    begins = np.array([[part.indices(size)[0] for part, size in zip(index_of[device], a.shape, strict=True)] + [0]
-                       for device in mesh.devices.flat], np.uint32)
+    begins = np.array([[*_begin(index_of[device], a.shape), 0] for device in mesh.devices.flat], np.uint32)
     one_each = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
     found = _of_parts(a, jax.make_array_from_callback(begins.shape, one_each, begins.__getitem__), a.sharding)
     by_device = {shard.device: shard.data for shard in found.addressable_shards}
     return [by_device[shard.device] for shard in a.addressable_shards if shard.replica_id == 0]
+
+
+def _begin(index: tuple[slice, ...], shape: tuple[int, ...]) -> list[int]:
+    """Where a part of an array begins."""
+    return [part.indices(size)[0] for part, size in zip(index, shape, strict=True)]
 
 
 @partial(jax.jit, static_argnames="placed")

@@ -126,6 +126,12 @@ def read(folder: Path) -> Manifest:
         return _parsed(json.loads(body))
 
 
+def check_step(folder: Path, manifest: Manifest) -> None:
+    """Raises `Damaged` if a manifest is that of another checkpoint than the folder's name says."""
+    if str(manifest.step) != folder.name:
+        raise Damaged(f"{NAME} is that of step {manifest.step}")
+
+
 def check_files(folder: Path, manifest: Manifest, parts: Callable[[str], bool] = lambda part: True,
                 thorough: bool = False) -> None:
     """Compares files with a manifest: first the sizes of all, then the hashes of those that hold no arrays.

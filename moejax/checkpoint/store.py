@@ -130,9 +130,9 @@ class Store:
             self._sealing.join()
             self._sealing = None
 
-    def steps(self) -> list[int]:
-        """Steps of the checkpoints that there are, good or bad, oldest first."""
-        return [int(path.name) for path in step_folders(self.folder)]
+    def steps(self, before: float = math.inf) -> list[int]:
+        """Steps of the checkpoints that there are before one, good or bad, oldest first."""
+        return [step for step in (int(path.name) for path in step_folders(self.folder)) if step < before]
 
     def restore(self, like: Mapping[str, Any], step: int | None = None, before: float = math.inf) -> Restored:
         """Reads a checkpoint and verifies it: every array and the position in the data. All processes call it together.
@@ -145,7 +145,7 @@ class Store:
         Raises:
           UserError: there is none, or none that is good.
         """
-        steps = [one for one in self.steps() if one < before]
+        steps = self.steps(before)
         check(bool(steps), f"{self.folder}: no checkpoint; train first, or give another --workdir")
         check(step is None or step in steps,
               f"{self.folder}: no checkpoint of --step={step}; there are {', '.join(map(str, steps))}")
@@ -179,7 +179,8 @@ class Store:
         try:
             try:
                 stored = manifests.read(folder)
-                _check_wanted(stored, step, like)
+                manifests.check_step(folder, stored)
+                _check_wanted(stored, like)
                 manifests.check_files(folder, stored, lambda part: part in (DATA, *like))
             except Unverified:
                 if self._chief:
@@ -291,16 +292,13 @@ def summary(folder: Path) -> Summary:
         with manifests.as_damage("metrics/metrics"):
             (metric, value), = manifests.read_json(folder / "metrics" / "metrics").items()
             return Summary(None, metric, float(value) if math.isfinite(value) else None)
-    if stored.step != int(folder.name):
-        raise Damaged(f"{manifests.NAME} is that of step {stored.step}")
+    manifests.check_step(folder, stored)
     manifests.check_files(folder, stored)
     return Summary(stored, stored.metric, stored.value)
 
 
-def _check_wanted(stored: Manifest, step: int, like: Mapping[str, Any]) -> None:
-    """Raises `Damaged` unless a manifest is of that step and has all arrays in the shapes and types that are wanted."""
-    if stored.step != step:
-        raise Damaged(f"{manifests.NAME} is that of step {stored.step}")
+def _check_wanted(stored: Manifest, like: Mapping[str, Any]) -> None:
+    """Raises `Damaged` unless a manifest has all arrays in the shapes and types that are wanted."""
     for item, tree in like.items():
         for name, leaf in arrays.named(tree).items():
             one = stored.arrays.get(item, {}).get(name)

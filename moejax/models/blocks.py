@@ -148,8 +148,9 @@ class Run(nn.Module):
             own = ({kind: given.get(f"{name}{kind}", default) for kind in ("", HEADS)}
                    for given, default in ((states, {}), (wholes, None)))
             stream, told, cache = block(*settings, name=name)(stream, *own, caches.get(name), *shared)
-            given = [stream.x_BLD] + ([] if stream.late_BLD is None else [stream.late_BLD])
-            self.sow(FINITE, f"after_{name}", jnp.all(jnp.stack([jnp.all(jnp.isfinite(a)) for a in given])))
+            if self.is_mutable_collection(FINITE) and not self.is_initializing():
+                given = [stream.x_BLD] + ([] if stream.late_BLD is None else [stream.late_BLD])
+                self.sow(FINITE, f"after_{name}", jnp.all(jnp.stack([jnp.all(jnp.isfinite(a)) for a in given])))
             records |= {f"{name}{kind}": record for kind, record in told.items()}
             if cache is not None:
                 new_caches[name] = cache

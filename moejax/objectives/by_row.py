@@ -1,10 +1,10 @@
 """What an objective of tokens gives for each row: of this the losses of tasks and the share of faultless rows are made."""
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 
 from moejax.objectives.chunked import Objective
+from moejax.objectives.cross_entropy import of_targets
 
 
 def with_rows(objective: Objective, rows: int) -> Objective:
@@ -22,15 +22,11 @@ def with_rows(objective: Objective, rows: int) -> Objective:
                           ) -> tuple[Array, dict[str, Array]]:
         *more, row_BL = rest
         total, sums = objective(logits_BLV, targets_BL, mask_BL, *more)
-        # The same expressions as in the objective, which XLA computes once.
-        log_z_BL = jax.nn.logsumexp(logits_BLV, axis=-1)
-        is_target_BLV = jnp.arange(logits_BLV.shape[-1]) == targets_BL[..., None]
-        target_BL = jnp.sum(jnp.where(is_target_BLV, logits_BLV, 0.0), axis=-1)
-        wrong_BL = (~(target_BL >= jnp.max(logits_BLV, axis=-1))).astype(jnp.float32)  # so is what is no number
+        log_z_BL, target_BL, right_BL = of_targets(logits_BLV, targets_BL)  # as in the objective; XLA computes it once
 
         def by_row(value_BL: Array) -> Array:
             return jnp.zeros(rows).at[row_BL[:, 0]].add(jnp.sum(jnp.where(mask_BL, value_BL, 0.0), axis=-1))
-        return total, sums | {"row_loss": by_row(log_z_BL - target_BL), "row_errors": by_row(wrong_BL)}
+        return total, sums | {"row_loss": by_row(log_z_BL - target_BL), "row_errors": by_row(jnp.float32(~right_BL))}
     return of_batch_and_rows
 
 

@@ -1,8 +1,26 @@
 """Cross-entropy of tokens: the loss of every objective that predicts tokens."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax import Array
+
+
+class OfTargets(NamedTuple):
+    """What scores say of the targets: the log-normaliser, the target's score, and whether no other token outscores it."""
+
+    log_z_BL: Array
+    target_BL: Array
+    right_BL: Array
+
+
+def of_targets(logits_BLV: Array, targets_BL: Array) -> OfTargets:
+    """Reads float32 scores. A score that is no number is not right."""
+    # A masked sum rather than a gather: its gradient is elementwise and fuses, where a gather's would scatter.
+    is_target_BLV = jnp.arange(logits_BLV.shape[-1]) == targets_BL[..., None]
+    target_BL = jnp.sum(jnp.where(is_target_BLV, logits_BLV, 0.0), axis=-1)
+    return OfTargets(jax.nn.logsumexp(logits_BLV, axis=-1), target_BL, target_BL >= jnp.max(logits_BLV, axis=-1))
 
 
 def cross_entropy(logits_BLV: Array, targets_BL: Array, mask_BL: Array, *, label_smoothing: float = 0.0,
@@ -20,10 +38,7 @@ def cross_entropy(logits_BLV: Array, targets_BL: Array, mask_BL: Array, *, label
       The sum to minimise, and sums to report: `loss` (negative log-likelihood alone, nats), `aux/head_z`, `accuracy`
       (targets that no other token outscores).
     """
-    log_z_BL = jax.nn.logsumexp(logits_BLV, axis=-1)
-    # A masked sum rather than a gather: its gradient is elementwise and fuses, where a gather's would scatter.
-    is_target_BLV = jnp.arange(logits_BLV.shape[-1]) == targets_BL[..., None]
-    target_BL = jnp.sum(jnp.where(is_target_BLV, logits_BLV, 0.0), axis=-1)
+    log_z_BL, target_BL, right_BL = of_targets(logits_BLV, targets_BL)
 
     def total(per_token_BL: Array) -> Array:
         return jnp.sum(jnp.where(mask_BL, per_token_BL, 0.0))
@@ -36,5 +51,5 @@ def cross_entropy(logits_BLV: Array, targets_BL: Array, mask_BL: Array, *, label
         objective = (1 - label_smoothing) * loss + label_smoothing * spread
     if head_z_weight > 0:
         objective += head_z_weight * head_z
-    accuracy = total((target_BL >= jnp.max(logits_BLV, axis=-1)).astype(jnp.float32))
+    accuracy = total(right_BL.astype(jnp.float32))
     return objective, {"loss": loss, "aux/head_z": head_z, "accuracy": accuracy}

@@ -195,8 +195,9 @@ def _run(setup: Setup, prepared: Prepared, store: Store, recorder: Recorder | No
         progress.say(f"{best.said(tuning)}; --step={best.step} takes it")
     progress.close()
     if failed:
-        back = min(watch.since_skipped(), len(latest) - 1)
-        reason = first_unsound(config, setup.examine(state, taught(latest[-1 - back]), np.int32(back + 1)))
+        back = watch.since_skipped()
+        reason = "of what it was before this run was taken up" if back >= len(latest) else first_unsound(
+            config, setup.examine(state, taught(latest[-1 - back]), np.int32(back + 1)))
         raise RunFailed(gave_up(step - back, watch.health.in_row, reason))
     if evaluation is None and not stopped:
         evaluation = run_evaluation(setup, prepared, state.params, state.router_state, step)
@@ -214,7 +215,7 @@ def items(state: TrainState) -> dict[str, Any]:
 
 def gave_up(step: int, in_row: int, reason: str) -> str:
     """What to say of a run that ends because of steps that were skipped."""
-    reason = "its loss was above the limit of config.train.faults.spike" if reason == SOUND else reason
+    reason = "of its loss, above the limit of config.train.faults.spike" if reason == SOUND else reason
     return (f"step {step}: {in_row} steps in a row were skipped, the last because {reason}; --mode=replay --step={step} "
             "shows it with its batch. A lower config.optimizer.learning_rate or other data may help; with "
             "--config.train.faults.max_skipped=None the same command goes on")
@@ -226,8 +227,8 @@ def start(setup: Setup, store: Store, loader: Any, before: float = math.inf) -> 
     Returns:
       State, step, best evaluation and health of the newest checkpoint before a step, or fresh ones if there is none.
     """
-    faults, steps = setup.config.train.faults, [step for step in store.steps() if step < before]
-    if not steps:
+    faults = setup.config.train.faults
+    if not store.steps(before):
         fresh, nothing = setup.initialise(), best_of({}, setup.config.train.finetune)
         if setup.config.train.init_from is None:
             return fresh, 0, nothing, Watch(faults)

@@ -200,10 +200,9 @@ def make_functions(config: Config, model: transformer.Transformer, chosen: Movin
 
 def make_outputs(config: Config, logical: Any) -> Callable[..., Any]:
     """The function that tells which blocks give finite numbers, see `examine`; arguments are those of `make_functions`."""
-    # Only a scan keeps what its blocks tell.
-    model = transformer.build(dataclasses.replace(config, train=dataclasses.replace(config.train, scan_layers=True)))
-
     def outputs(params: Any, router_state: Any, batch: Mapping[str, Array], key: Array, totals: Any) -> Any:
+        # Only a scan keeps what its blocks tell.
+        model = transformer.build(dataclasses.replace(config, train=dataclasses.replace(config.train, scan_layers=True)))
         params = adapters.merge(logical, config.train.finetune, params)
         return transformer.apply_batch(model, params, router_state, batch, train=True, totals=totals,
                                        rngs={"dropout": key}, mutable=[FINITE])[1][FINITE]
