@@ -320,7 +320,7 @@ def test_a_process_that_is_killed_or_stands_still_is_named_by_the_others(here, n
     assert f"process {gone}" in err or gone == 0 and "leader" in err, err
     started[gone].kill()
     started[gone].communicate()
-    assert main(["main", *flags, "--workdir=w", "--config.mesh.data=1"]) == 0  # goes on from the last checkpoint
+    assert main(["main", *flags, "--workdir=w", "--config.mesh.data=8"]) == 0  # goes on from the last checkpoint
     assert max(losses(Path("w")))[0] == 12
 
 
