@@ -5,7 +5,6 @@ All processes of a run compute; process 0 prints and writes records.
 
 import contextlib
 import json
-import math
 from pathlib import Path
 from typing import Any, Sequence
 
@@ -33,7 +32,7 @@ from moejax.models import transformer
 from moejax.models.tasks import for_task
 from moejax.task import PAIRS, Task, window_of
 from moejax.train import benchmark as timing
-from moejax.train import loop
+from moejax.train import loop, memory
 from moejax.train import replay as replaying
 from moejax.train.held_out import evaluation_line, run_evaluation
 from moejax.train.setup import set_up
@@ -203,8 +202,7 @@ def shardings(config: Config) -> None:
     """Prints where every parameter would lie, and what the whole training state takes on one device."""
     with processes.same_fate():
         setup = set_up(config)
-    state = sum(math.prod(where.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, where in zip(
-        jax.tree.leaves(setup.shapes), jax.tree.leaves(setup.shardings), strict=True))
+    state = sum(one.bytes for one in memory.held(setup.shapes, setup.shardings))
     say(sharding.table(setup.placements))
     say(f"training state, optimizer included: {state:,} bytes on a device; mesh "
         + " x ".join(f"{name}={size}" for name, size in setup.mesh.shape.items()))

@@ -1,4 +1,4 @@
-"""What a run does when something goes wrong. Every option of `config.train.faults`.
+"""What a run does when something goes wrong, and so that it can be repeated. Every option of `config.train.faults`.
 
 `python -m moejax.faults` prints them.
 """
@@ -21,6 +21,12 @@ class Faults:
                               "median absolute one) above the median of the last spike_window steps; None "
                               "skips none", low=0)
     spike_window: int = key(100, "steps that a spike is compared with; before there are so many, none is skipped", low=2)
+    stop_unsaved: bool = key(False, "a checkpoint that cannot be written, for the disk is full, ends the run; else it goes "
+                             "on with a warning, and tries again when the next one is due", free=True)
+    predict_memory: bool = key(True, "a run that the memory of the devices will not do for ends before its first step, and "
+                               "names the largest arrays; else it is tried", free=True)
+    deterministic: bool = key(False, "on GPUs, only operations that give the same bits each time, which are slower; on "
+                              "CPUs and TPUs all are", free=True)
 
 
 def resolve(given: "Faults | dict | None") -> Faults:

@@ -156,3 +156,21 @@ def test_a_run_on_a_full_disk_goes_on_warns_and_does_not_say_that_all_is_saved(h
     assert [name for name in os.listdir(here / "checkpoints") if name.isdigit()] == ["2"]
     assert main(COMMAND) == 0
     check_same(here, straight)
+
+
+@pytest.mark.slow
+def test_a_run_on_a_full_disk_ends_where_it_is_told_to(here, straight, capsys):
+    for step in (4, 6, 8):
+        shutil.rmtree(here / "checkpoints" / str(step))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (7000, before[1]))
+    try:
+        status = main([*COMMAND, "--config.train.faults.stop_unsaved=True", "--config.train.steps=99"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    out, err = capsys.readouterr()
+    reached = int(err.splitlines()[-1].split("step ")[1].split()[0])
+    assert status == 2 and 4 < reached < 99 and "done" not in out
+    assert [name for name in os.listdir(here / "checkpoints") if name.isdigit()] == ["2"]
+    assert main(COMMAND) == 0
+    check_same(here, straight)

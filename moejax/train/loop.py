@@ -29,6 +29,7 @@ from moejax.models.adapters import ADAPTERS
 from moejax.models.count import row_lengths, training_flops
 from moejax.models.transformer import Transformer, in_head, in_order
 from moejax.sharding import flat
+from moejax.train import memory
 from moejax.train.benchmark import matmul_ceiling
 from moejax.train.best import Best
 from moejax.train.diagnosis import SOUND, first_unsound
@@ -77,6 +78,8 @@ def train(config: Config, workdir: Path) -> Finished:
     with processes.same_fate():
         setup = set_up(config)
         check_trainable(setup.config)
+        if setup.config.train.faults.predict_memory:
+            memory.check_state(setup.shapes, setup.shardings, setup.moving, setup.mesh, memory.free(setup.mesh))
     prepared = prepare_on_chief(setup.config, workdir)
     if chief:
         print(describe(setup), flush=True)
@@ -155,16 +158,21 @@ def _run(setup: Setup, prepared: Prepared, store: Store, recorder: Recorder | No
         progress.say("tasks: " + ", ".join(f"{name} {rate:.1%}" for name, rate in zip(config.data.task.names, loader.rates))
                      + " of the rows")
     meter = Meter(setup)
-    evaluation, stopped, failed = None, False, False
+    evaluation, stopped, failed, predicted = None, False, False, not options.faults.predict_memory
     if step < options.steps and not ended:
         progress.say("compiling the train step ...")
     while step < options.steps and not (stopped or ended or failed):
         latest.append(setup.put(next(loader)))
+        if not predicted:
+            predicted = True
+            with processes.same_fate():  # the call below takes what is compiled here
+                compiled = setup.train_step.lower(state, taught(latest[-1]), *watch.limit()).compile()
+                memory.check_step(compiled, setup.shapes, setup.shardings, setup.mesh, memory.free(setup.mesh))
         state, means, records = setup.train_step(state, taught(latest[-1]), *watch.limit())
         step += 1
         meter.add(means, records)
         watch.add(means)
-        stopped = agree(stop_requested())
+        stopped = agree(stop_requested() or (options.faults.stop_unsaved and store.failure is not None))
         last = step == options.steps
         progress.step(step)
         if step % options.log_every == 0 or last or stopped:

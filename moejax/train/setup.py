@@ -80,6 +80,8 @@ def set_up(config: Config, devices: Sequence[jax.Device] | None = None) -> Setup
     mesh = sharding.make_mesh(config.mesh, devices)
     check_batches(config, mesh)
     config = transformer.resolve(config)
+    if config.train.faults.deterministic:
+        config = without_cudnn(config)
     check(config.model.head != "none", "config.model.head=none leaves nothing to train; set it to tokens or classes")
     model = transformer.build(config)
     options = config.train.finetune
@@ -105,7 +107,7 @@ def set_up(config: Config, devices: Sequence[jax.Device] | None = None) -> Setup
     everywhere = NamedSharding(mesh, PartitionSpec())  # so that every process can read what steps report
 
     functions = make_functions(config, model, chosen, own_logical)
-    compiling = compiler_options.for_devices(mesh.devices.flat)
+    compiling = compiler_options.for_devices(mesh.devices.flat, config.train.faults.deterministic)
     step = jax.jit(partial(train_step, functions, optimizer, config.train.microbatches), donate_argnums=0,
                    out_shardings=(shardings, everywhere, everywhere), compiler_options=compiling)
     return Setup(
@@ -207,6 +209,17 @@ def make_outputs(config: Config, logical: Any) -> Callable[..., Any]:
         return transformer.apply_batch(model, params, router_state, batch, train=True, totals=totals,
                                        rngs={"dropout": key}, mutable=[FINITE])[1][FINITE]
     return outputs
+
+
+def without_cudnn(config: Config) -> Config:
+    """A config whose attention is not that of cuDNN, which adds up gradients in any order.
+
+    Raises:
+      UserError: it asks for that.
+    """
+    check(config.model.attention != "cudnn", "config.model.attention=cudnn gives other bits each time, which "
+          "config.train.faults.deterministic does not allow; leave one of them out")
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, attention="plain"))
 
 
 def check_trainable(config: Config) -> None:

@@ -1,0 +1,118 @@
+"""Whether the memory of the devices will do, before a run begins: from the shapes alone, then from the compiled step."""
+
+import math
+from collections.abc import Container
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from moejax.config import check
+from moejax.train.state import TrainState
+
+SHOWN = 5
+"""Arrays that a message names."""
+
+
+class Held(NamedTuple):
+    """An array of the training state on the device that holds most of it.
+
+    Attributes:
+      name: with the part of the state that it is of.
+      shape, dtype: of the whole array.
+      bytes: on one device.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    bytes: int
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.dtype}[{','.join(map(str, self.shape))}] {size(self.bytes)}"
+
+
+def size(count: float) -> str:
+    """A number of bytes for people."""
+    return next((f"{count / unit:,.2f} {name}" for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
+                 if count >= unit / 10), f"{count} bytes")
+
+
+def held(shapes: TrainState, shardings: TrainState) -> list[Held]:
+    """Every array of a training state, largest first."""
+    found = []
+    for (path, leaf), where in zip(jax.tree_util.tree_leaves_with_path(shapes), jax.tree.leaves(shardings), strict=True):
+        name, dtype = jax.tree_util.keystr(path, simple=True, separator="/"), np.dtype(leaf.dtype)
+        found.append(Held(name, leaf.shape, dtype.name, math.prod(where.shard_shape(leaf.shape)) * dtype.itemsize))
+    return sorted(found, key=lambda one: -one.bytes)
+
+
+def free(mesh: Mesh) -> int | None:
+    """Bytes that the fullest device of this process can still take; None where nobody tells.
+
+    Devices that are simulated on CPUs share what the machine has left.
+    """
+    devices = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
+    if any(device.platform == "cpu" for device in devices):
+        left = host_memory()
+        return None if left is None else left // len(devices)
+    stats = [device.memory_stats() or {} for device in devices]
+    if not stats or not all("bytes_limit" in one for one in stats):
+        return None
+    return min(one["bytes_limit"] - one.get("bytes_in_use", 0) for one in stats)
+
+
+def host_memory(path: str = "/proc/meminfo") -> int | None:
+    """Bytes that Linux can give without swapping; None elsewhere."""
+    try:
+        with open(path) as file:
+            lines = dict(line.split(":", 1) for line in file)
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError, IndexError):
+        return None
+
+
+def check_state(shapes: TrainState, shardings: TrainState, moving: Container[tuple[str, ...]], mesh: Mesh,
+                left: int | None) -> None:
+    """Raises `UserError` if parameters, moments and gradients alone are more than a device can take.
+
+    Args:
+      shapes, shardings: of the training state.
+      moving: paths of the parameters that have gradients.
+      mesh: for the message.
+      left: bytes of a device; None checks nothing.
+    """
+    arrays = held(shapes, shardings)
+    state = sum(one.bytes for one in arrays)
+    # All gradients are there at once, for their norm decides whether the step counts.
+    gradients = sum(one.bytes for one in arrays if one.name.startswith("params/")
+                    and tuple(one.name.split("/")[1:]) in moving)
+    check(left is None or state + gradients <= left, f"training needs at least {size(state + gradients)} on each device "
+          f"for parameters, optimizer state and gradients, and there are {size(left or 0)}; {remedy(arrays, mesh)}")
+
+
+def check_step(compiled: Any, shapes: TrainState, shardings: TrainState, mesh: Mesh, left: int | None) -> None:
+    """Raises `UserError` if a compiled train step needs more than a device can take, beside the state that is there.
+
+    Args:
+      compiled: the step (`jax.stages.Compiled`).
+      shapes, shardings: of the training state.
+      mesh: for the message.
+      left: bytes of a device beside the state; None checks nothing.
+    """
+    analysis = None if left is None else compiled.memory_analysis()
+    if analysis is None:
+        return
+    more = analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    check(more <= left, f"a train step needs {size(more)} on each device beside its state, for gradients and activations, "
+          f"and there are {size(left)}; fewer rows at a time (config.train.microbatches, config.data.batch_size), "
+          f"config.train.remat, or: {remedy(held(shapes, shardings), mesh)}")
+
+
+def remedy(arrays: list[Held], mesh: Mesh) -> str:
+    """What to do, and the largest arrays."""
+    largest = "; ".join(map(str, arrays[:SHOWN]))
+    split = " x ".join(f"{name}={count}" for name, count in mesh.shape.items() if count > 1) or "one device"
+    return (f"split them over more devices (config.mesh.data, .expert, .model; now {split}), or make the model smaller. "
+            f"--config.train.faults.predict_memory=False tries all the same. Largest: {largest}")
