@@ -204,7 +204,7 @@ class TrainConfig:
     finetune: Any = key(None, "how a trained model is trained on: what moves and how fast, adapters, when to stop, options "
                         "by name; python -m moejax.finetune lists them")
     sample_prompt: str = key("", "prompt of the text that is sampled when training ends; empty samples none", free=True)
-    faults: Any = key(None, "what becomes of steps whose loss is not finite or jumps, and of a run that a signal ends, "
+    faults: Any = key(None, "steps whose loss is not finite or jumps, signals, full disks, memory, same bits each time: "
                       "options by name; python -m moejax.faults lists them")
 
 

@@ -26,7 +26,8 @@ def exit_status(work: Callable[[], None], interrupted: str) -> int:
             print("moejax:", message, file=sys.stderr)
         return WRONG_INPUT
     except RunFailed as error:
-        print("moejax:", error, file=sys.stderr)
+        if str(error):  # else another process says it
+            print("moejax:", error, file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
         print("moejax: interrupted;", interrupted, file=sys.stderr)

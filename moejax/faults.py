@@ -25,8 +25,8 @@ class Faults:
                              "on with a warning, and tries again when the next one is due", free=True)
     predict_memory: bool = key(True, "a run that the memory of the devices will not do for ends before its first step, and "
                                "names the largest arrays; else it is tried", free=True)
-    deterministic: bool = key(False, "on GPUs, only operations that give the same bits each time, which are slower; on "
-                              "CPUs and TPUs all are", free=True)
+    deterministic: bool = key(False, "on GPUs, train steps of operations that give the same bits each time, which are "
+                              "slower; elsewhere it changes nothing", free=True)
 
 
 def resolve(given: "Faults | dict | None") -> Faults:

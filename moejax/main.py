@@ -35,7 +35,8 @@ moejax.moe.routing lists the routers, python -m moejax.moe.routing NAME what one
 --config.data.task.objective=NAME takes another objective: python -m moejax.task lists them and their options, python -m
 moejax.mixture those of several tasks at once
 --config.train.init_from=DIR starts from another run: python -m moejax.finetune lists options of what moves then
---config.train.faults.NAME=VALUE says what becomes of steps whose loss is no number: python -m moejax.faults lists them
+--config.train.faults.NAME=VALUE says what a run does about faults (no finite loss, full disk, signals): python -m
+moejax.faults lists them
 
 modes
   train      (the default) train, or go on if DIR holds a run; Ctrl-C saves, and the same command goes on

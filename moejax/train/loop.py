@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from moejax import processes
 from moejax.checkpoint import Store, open_workdir, place
-from moejax.config import Config, check
+from moejax.config import Config, UserError, check
 from moejax.data.mixing import open_loader
 from moejax.data.prepare import Prepared, load_prepared, prepare
 from moejax.evaluation.load import load_sharded, model_of
@@ -79,7 +79,7 @@ def train(config: Config, workdir: Path) -> Finished:
         setup = set_up(config)
         check_trainable(setup.config)
         if setup.config.train.faults.predict_memory:
-            memory.check_state(setup.shapes, setup.shardings, setup.moving, setup.mesh, memory.free(setup.mesh))
+            memory.check_state(setup.shapes, setup.shardings, setup.mesh, memory.free(setup.mesh))
     prepared = prepare_on_chief(setup.config, workdir)
     if chief:
         print(describe(setup), flush=True)
@@ -164,10 +164,8 @@ def _run(setup: Setup, prepared: Prepared, store: Store, recorder: Recorder | No
     while step < options.steps and not (stopped or ended or failed):
         latest.append(setup.put(next(loader)))
         if not predicted:
+            predict_memory(setup, state, taught(latest[-1]), watch.limit())
             predicted = True
-            with processes.same_fate():  # the call below takes what is compiled here
-                compiled = setup.train_step.lower(state, taught(latest[-1]), *watch.limit()).compile()
-                memory.check_step(compiled, setup.shapes, setup.shardings, setup.mesh, memory.free(setup.mesh))
         state, means, records = setup.train_step(state, taught(latest[-1]), *watch.limit())
         step += 1
         meter.add(means, records)
@@ -213,6 +211,21 @@ def _run(setup: Setup, prepared: Prepared, store: Store, recorder: Recorder | No
     variables = {"params": setup.plain(state.params), "router": state.router_state}
     return Finished(step, stopped and step < options.steps and not ended, evaluation, best, prepared,
                     setup.model, setup.mesh, variables)
+
+
+def predict_memory(setup: Setup, state: TrainState, batch: Any, limit: tuple[np.float32, ...]) -> None:
+    """Compiles the train step, which the first call of it then takes, and ends the run if the devices' memory will not do.
+
+    Raises:
+      RunFailed: so; the data that was prepared stays.
+    """
+    jax.block_until_ready((state, batch))  # what computes them takes memory, too
+    try:
+        with processes.same_fate():
+            memory.check_step(lambda: setup.train_step.lower(state, batch, *limit).compile(), setup.shapes, setup.shardings,
+                              setup.mesh, lambda: memory.free(setup.mesh))
+    except UserError as error:
+        raise RunFailed(str(error)) from None
 
 
 def items(state: TrainState) -> dict[str, Any]:

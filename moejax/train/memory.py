@@ -1,14 +1,16 @@
 """Whether the memory of the devices will do, before a run begins: from the shapes alone, then from the compiled step."""
 
+import contextlib
+import ctypes
 import math
-from collections.abc import Container
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, Callable, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from moejax.config import check
+from moejax.config import UserError, check
 from moejax.train.state import TrainState
 
 SHOWN = 5
@@ -63,51 +65,60 @@ def free(mesh: Mesh) -> int | None:
     return min(one["bytes_limit"] - one.get("bytes_in_use", 0) for one in stats)
 
 
-def host_memory(path: str = "/proc/meminfo") -> int | None:
-    """Bytes that Linux can give without swapping; None elsewhere."""
+def host_memory(meminfo: Path = Path("/proc/meminfo"), group: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Bytes that Linux can give without swapping, to the container if there is one; None elsewhere."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # else what this process has freed, and would use again, counts as taken
     try:
-        with open(path) as file:
-            lines = dict(line.split(":", 1) for line in file)
-        return int(lines["MemAvailable"].split()[0]) * 1024
+        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        available = int(lines["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError, IndexError):
         return None
+    with contextlib.suppress(OSError, ValueError):  # no container, or one without a limit
+        used = int((group / "memory.current").read_text())
+        return min(available, int((group / "memory.max").read_text()) - used)
+    return available
 
 
-def check_state(shapes: TrainState, shardings: TrainState, moving: Container[tuple[str, ...]], mesh: Mesh,
-                left: int | None) -> None:
-    """Raises `UserError` if parameters, moments and gradients alone are more than a device can take.
+def check_state(shapes: TrainState, shardings: TrainState, mesh: Mesh, left: int | None) -> None:
+    """Raises `UserError` if parameters and optimizer state alone are more than a device can take.
 
     Args:
       shapes, shardings: of the training state.
-      moving: paths of the parameters that have gradients.
       mesh: for the message.
       left: bytes of a device; None checks nothing.
     """
     arrays = held(shapes, shardings)
     state = sum(one.bytes for one in arrays)
-    # All gradients are there at once, for their norm decides whether the step counts.
-    gradients = sum(one.bytes for one in arrays if one.name.startswith("params/")
-                    and tuple(one.name.split("/")[1:]) in moving)
-    check(left is None or state + gradients <= left, f"training needs at least {size(state + gradients)} on each device "
-          f"for parameters, optimizer state and gradients, and there are {size(left or 0)}; {remedy(arrays, mesh)}")
+    check(left is None or state <= left, f"parameters and optimizer state take {size(state)} on each device, and there are "
+          f"{size(left or 0)}; {remedy(arrays, mesh)}")
 
 
-def check_step(compiled: Any, shapes: TrainState, shardings: TrainState, mesh: Mesh, left: int | None) -> None:
-    """Raises `UserError` if a compiled train step needs more than a device can take, beside the state that is there.
+def check_step(compile_step: Callable[[], Any], shapes: TrainState, shardings: TrainState, mesh: Mesh,
+               free_bytes: Callable[[], int | None]) -> None:
+    """Raises `UserError` if a train step needs more than a device can take, beside the state that is there.
 
     Args:
-      compiled: the step (`jax.stages.Compiled`).
+      compile_step: gives the step (`jax.stages.Compiled`). Compilers for TPUs themselves refuse what does not fit.
       shapes, shardings: of the training state.
       mesh: for the message.
-      left: bytes of a device beside the state; None checks nothing.
+      free_bytes: gives the bytes of a device beside the state, or None to check nothing; called when the step is compiled.
     """
-    analysis = None if left is None else compiled.memory_analysis()
-    if analysis is None:
+    less = ("; fewer rows at a time (config.train.microbatches, config.data.batch_size), config.train.remat, or: "
+            + remedy(held(shapes, shardings), mesh))
+    try:
+        analysis = compile_step().memory_analysis()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        told = str(error).splitlines()[0]
+        raise UserError(f"a train step does not fit the memory of the devices: {told}{less}") from None
+    left = free_bytes()
+    if analysis is None or left is None:
         return
     more = analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
     check(more <= left, f"a train step needs {size(more)} on each device beside its state, for gradients and activations, "
-          f"and there are {size(left)}; fewer rows at a time (config.train.microbatches, config.data.batch_size), "
-          f"config.train.remat, or: {remedy(held(shapes, shardings), mesh)}")
+          f"and there are {size(left)}{less}")
 
 
 def remedy(arrays: list[Held], mesh: Mesh) -> str:

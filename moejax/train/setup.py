@@ -80,10 +80,8 @@ def set_up(config: Config, devices: Sequence[jax.Device] | None = None) -> Setup
     mesh = sharding.make_mesh(config.mesh, devices)
     check_batches(config, mesh)
     config = transformer.resolve(config)
-    if config.train.faults.deterministic:
-        config = without_cudnn(config)
     check(config.model.head != "none", "config.model.head=none leaves nothing to train; set it to tokens or classes")
-    model = transformer.build(config)
+    model = transformer.build(without_cudnn(config) if config.train.faults.deterministic else config)
     options = config.train.finetune
     own_shapes, own_logical = transformer.abstract_params(model)
     param_shapes, logical = adapters.abstract(own_shapes, own_logical, options)

@@ -30,7 +30,8 @@ def test_three_steps_twice(mesh):
 
 def test_deterministic_programs_do_without_cudnn():
     deterministic = {"train__faults": {"deterministic": True}}
-    assert set_up(tiny_config(**deterministic)).config.model.attention == "plain"
-    assert set_up(tiny_config()).config.model.attention == "auto"
+    setups = [set_up(tiny_config(**changes)) for changes in (deterministic, {})]
+    assert [one.model.model.attention for one in setups] == ["plain", "auto"]
+    assert [one.config.model.attention for one in setups] == ["auto", "auto"]  # as the workdir keeps it
     with pytest.raises(UserError, match="attention=cudnn gives other bits each time"):
         set_up(tiny_config(model__attention="cudnn", **deterministic))
