@@ -8,7 +8,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from moejax.data.prepare import Prepared, read_json, write_json
+from moejax.data.prepare import write_json
+from moejax.data.prepared import Prepared, read_json
 
 CHUNK_BYTES = 1 << 20
 CHUNK_TOKENS = 1 << 24

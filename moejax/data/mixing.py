@@ -18,7 +18,7 @@ import numpy as np
 
 from moejax.config import Config, check
 from moejax.data.loader import TRAINING, stack_rows, train_loader
-from moejax.data.prepare import Prepared
+from moejax.data.prepared import Prepared
 from moejax.data.rows import Rows, make_rows
 from moejax.mixture import Mixture, parts, rates
 

@@ -13,7 +13,8 @@ from tqdm import tqdm
 
 from moejax import config as config_lib
 from moejax import sharding
-from moejax.config import Config, UserError, check, read_object
+from moejax.bounded import read_object
+from moejax.config import Config, UserError, check
 from moejax.evaluation.load import abstract_variables
 from moejax.hf import tensors
 from moejax.hf.disk import Files

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from moejax.bounded import parse_json
 from moejax.moe.types import ExpertLoad, LayerRecord
 
 
@@ -171,8 +172,8 @@ def read(workdir: Path) -> list[dict[str, Any]]:
 def _parsed(line: bytes) -> dict[str, Any] | None:
     """The record of a line; None if the line is torn or of another origin."""
     try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
+        record = parse_json(line)
+    except ValueError:
         return None
     whole = isinstance(record, dict) and isinstance(record.get("step"), int) and isinstance(record.get("split"), str)
     return record if whole else None

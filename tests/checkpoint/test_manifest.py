@@ -13,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from moejax import bounded
 from moejax.checkpoint import Store, manifest
 from moejax.checkpoint.__main__ import main
 from moejax.checkpoint.manifest import Damaged, Manifest, Stored
@@ -119,7 +120,7 @@ def test_a_link_is_no_file_of_a_checkpoint(folder, tmp_path):
 def test_what_is_too_large_or_no_file_is_not_read(folder):
     path = folder / manifest.NAME
     with path.open("ab") as file:
-        file.truncate(manifest.LIMIT + 1)  # a sparse file
+        file.truncate(bounded.LIMIT + 1)  # a sparse file
     with pytest.raises(Damaged, match="manifest.json is damaged"):
         manifest.read(folder)
     path.unlink()
