@@ -6,8 +6,8 @@ import pathlib
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
-LEAVES = {"axes", "architecture", "bounded", "config", "exit_status", "faults", "finetune", "matrices", "mixture", "moe.types",
-          "task"}
+LEAVES = {"axes", "architecture", "bounded", "config", "exit_status", "faults", "finetune", "matrices", "mixture",
+          "moe.types", "task"}
 MAY_IMPORT = {
     "axes": set(),
     "architecture": set(),

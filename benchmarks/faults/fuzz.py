@@ -90,7 +90,7 @@ def broken(work: Callable[[], Any], folder: Path, statuses: Sequence[int]) -> st
         return f"{type(error).__name__}: {str(error)[:200]} at {where[-1] if where else '?'}"
     if status == INTERRUPTED:
         raise KeyboardInterrupt
-    lines = said.getvalue().splitlines()
+    lines = [line for line in said.getvalue().splitlines() if line and "%|" not in line]  # without bars of progress
     if status not in statuses:
         return f"status {status}: {lines[:3]}"
     if status == WRONG_INPUT and not (len(lines) == 1 and lines[0].startswith("moejax: ") and len(lines[0]) > 20):

@@ -25,10 +25,11 @@ TINY = {"model": dict(vocab_size=259, layers=1, embed=8, heads=2, kv_heads=1, he
         "data": dict(source="corpus.jsonl", tokenizer="bytes", length=32, batch_size=8, eval_fraction=0.3)}
 """A config whose model is made in no time."""
 LITERALS = st.sampled_from((
-    "", "1", "-1", "0", "2.5", "1e400", "nan", "inf", "-inf", "None", "auto", "True", "maybe", "[1, 2]", "(1,)", "{}", "{1: 2}",
-    "{'a': 1}", "{'tasks': {1: {}}}", "{'tasks': {'a': {}, 2: {}}}", "b'x'", "1j", "...", "{1, 2}", "\ud800", "[" * 300,
-    "[" * 100_000, "-" * 100_000 + "1", "9" * 5000, "0x" + "f" * 5000, "1" + "0" * 400, "'\\ud800'", "'a\\0b'", "2147483648",
-    "{'objective': 'seq2seq'}", "{None: None}", "{'labels': ('a', 'a')}", "((1,), (2,))", "{'rope': {'factor': 0}}"))
+    "", "1", "-1", "0", "2.5", "1e400", "nan", "inf", "-inf", "None", "auto", "True", "maybe", "[1, 2]", "(1,)", "{}",
+    "...", "{1: 2}", "{'a': 1}", "{'tasks': {1: {}}}", "{'tasks': {'a': {}, 2: {}}}", "b'x'", "1j", "{1, 2}",
+    "\ud800", "[" * 300, "[" * 100_000, "-" * 100_000 + "1", "9" * 5000, "0x" + "f" * 5000, "1" + "0" * 400, "'\\ud800'",
+    "'a\\0b'", "2147483648", "4294967296", "{'objective': 'seq2seq'}", "{None: None}", "{'labels': ('a', 'a')}", "((1,), (2,))",
+    "{'rope': {'factor': 0}}", "[" * 90 + "]" * 90))
 """Values of flags, of which the command line makes what Python literals are."""
 
 
@@ -100,9 +101,9 @@ def _by_name(known: list[str]) -> st.SearchStrategy:
     return st.one_of(chosen, chosen, chosen, VALUES)
 
 
-FLAGS = st.lists(st.tuples(st.sampled_from(("step", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "beams", "task",
-                                            "answers", "repetition_penalty", "length_penalty", "prompt", "mode", "x")),
-                           st.one_of(SCALARS, LITERALS)), max_size=2)
+FLAGS = st.lists(st.tuples(st.sampled_from((
+    "step", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "beams", "task", "answers", "repetition_penalty",
+    "length_penalty", "prompt", "mode", "x")), st.one_of(SCALARS, LITERALS)), max_size=2)
 
 READERS = {
     "flags": Reader(st.lists(st.tuples(st.sampled_from(names()), st.one_of(LITERALS, SCALARS.map(str))), min_size=1,

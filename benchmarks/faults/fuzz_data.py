@@ -78,11 +78,13 @@ def tokenizer_samples() -> dict[str, bytes]:
     level = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<s>": 0, "[UNK]": 1} | {
         word: n + 2 for n, word in enumerate(words)}, unk_token="[UNK]"))
     level.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    letters = tokenizers.Tokenizer(tokenizers.models.BPE(
-        {"<s>": 0} | {letter: n + 1 for n, letter in enumerate("abcdefgh")} | {"ab": 9, "abc": 10}, [("a", "b"), ("ab", "c")]))
+    single = {letter: n + 1 for n, letter in enumerate("abcdefgh")}
+    merges = [("a", "b"), ("ab", "c")]
+    letters = tokenizers.Tokenizer(tokenizers.models.BPE({"<s>": 0, **single, "ab": 9, "abc": 10}, merges))
     letters.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel()
     letters.decoder = tokenizers.decoders.ByteLevel()
-    pieces = tokenizers.Tokenizer(tokenizers.models.WordPiece({"[UNK]": 0, "[SEP]": 1, "a": 2, "##b": 3}, unk_token="[UNK]"))
+    pieces = tokenizers.Tokenizer(tokenizers.models.WordPiece({"[UNK]": 0, "[SEP]": 1, "a": 2, "##b": 3},
+                                                              unk_token="[UNK]"))
     pieces.normalizer = tokenizers.normalizers.BertNormalizer()
     pieces.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
     pieces.post_processor = tokenizers.processors.BertProcessing(("[SEP]", 1), ("[SEP]", 1))
@@ -145,10 +147,12 @@ def prepared_samples() -> list[tuple[Any, dict[str, bytes]]]:
 
 
 NPY = st.sampled_from((
-    b"{'descr': '<u2', 'fortran_order': False, 'shape': (4611686018427387904,), }", b"{'descr': '|O', 'fortran_order': False, "
-    b"'shape': (3,), }", b"{'descr': '<u2', 'fortran_order': False, 'shape': (-1,), }", b"{'descr': '<f8', 'fortran_order': "
-    b"True, 'shape': (), }", b"{'descr': [('a', '<u2')], 'fortran_order': False, 'shape': (2, 2), }", b"(" * 9000, b"'''",
-    b"{'descr': '<u2', 'fortran_order': False, 'shape': (2L,), }", b"{'shape': 1}"))
+    b"{'descr': '<u2', 'fortran_order': False, 'shape': (4611686018427387904,), }",
+    b"{'descr': '|O', 'fortran_order': False, 'shape': (3,), }",
+    b"{'descr': '<u2', 'fortran_order': False, 'shape': (-1,), }",
+    b"{'descr': '<f8', 'fortran_order': True, 'shape': (), }",
+    b"{'descr': [('a', '<u2')], 'fortran_order': False, 'shape': (2, 2), }",
+    b"{'descr': '<u2', 'fortran_order': False, 'shape': (2L,), }", b"{'shape': 1}", b"(" * 9000, b"'''"))
 """Headers of numpy's files."""
 
 
@@ -213,7 +217,8 @@ def archives(draw: st.DrawFn) -> tuple[str, bytes, Any, str]:
 SPECS = st.one_of(
     TEXT.filter(lambda text: not text.startswith(("~", "."))), TEXT.map(lambda text: f"package:{text}"),
     TEXT.map(lambda text: f"HERE/{text}"), st.sampled_from((
-        "HERE", "HERE/*", "HERE/**/*.jsonl", "HERE/a.txt/b", "HERE/*\0/*", "HERE/[", "HERE/[!", "package:", "package:a", "package:/x",
+        "HERE", "HERE/*", "HERE/**/*.jsonl", "HERE/a.txt/b", "HERE/*\0/*", "HERE/[", "HERE/[!", "package:", "package:a",
+        "package:/x",
         "package:sys/x", "package:json/nothing*", "package:json/../json/__init__.py", "package:a..b/x", "package:.a/x",
         "package:__main__/x", "package:os.path/x", "package:json.tool.x/y", "package:numpy.nothing/x", "package:a\0b/x",
         "package:json/\0*/x", "/dev/null", "/dev/zero", "HERE/\ud800*/x")))

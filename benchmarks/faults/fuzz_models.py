@@ -35,7 +35,8 @@ def sample() -> tuple[dict[str, Any], dict[str, Any], bytes]:
     """A whole checkpoint: options, header and values."""
     content = (GOLDEN / "llama" / SINGLE).read_bytes()
     size = int.from_bytes(content[:8], "little")
-    return (json.loads((GOLDEN / "llama" / "config.json").read_bytes()), json.loads(content[8:8 + size]), content[8 + size:])
+    options = json.loads((GOLDEN / "llama" / "config.json").read_bytes())
+    return options, json.loads(content[8:8 + size]), content[8 + size:]
 
 
 def safetensors(header: bytes, values: bytes, size: int | None = None) -> bytes:
@@ -52,11 +53,11 @@ def tensor_files(draw: st.DrawFn) -> bytes:
         return safetensors(draw(json_file(header)), values)
     if how == "entry":
         name = draw(st.sampled_from(sorted(header)))
-        entry = {"dtype": draw(st.sampled_from(("F32", "F16", "BF16", "I64", "BOOL", "F8_E4M3", "F4", "U8", "C64", "X", 3))),
-                 "shape": draw(st.lists(st.one_of(NUMBERS, st.sampled_from((2**60, 2**62))), max_size=3)),
-                 "data_offsets": draw(st.lists(st.sampled_from((0, 4, 8, 2**60, 2**63, 2**64, -1)), min_size=1, max_size=3))}
-        entry = entry if draw(st.booleans()) else header[name] | dict([draw(st.sampled_from(sorted(entry.items(), key=str)))])
-        return safetensors(json_of(header | {name: entry}), values)
+        entry = draw(st.fixed_dictionaries({}, optional={
+            "dtype": st.sampled_from(("F32", "F16", "BF16", "I64", "BOOL", "F8_E4M3", "F4", "U8", "C64", "X", 3)),
+            "shape": st.lists(st.one_of(NUMBERS, st.sampled_from((2**60, 2**62))), max_size=3),
+            "data_offsets": st.lists(st.sampled_from((0, 4, 8, 2**60, 2**63, 2**64, -1)), min_size=1, max_size=3)}))
+        return safetensors(json_of(header | {name: header[name] | entry if draw(st.booleans()) else entry}), values)
     whole = safetensors(json_of(header), values)
     if how == "size":
         wrong = draw(st.sampled_from((0, 1, 7, 2**30, 2**60, 2**63, 2**64 - 1, len(whole) - 8, len(whole) - 7)))
@@ -109,7 +110,8 @@ def imported(files: dict[str, bytes], folder: Path) -> Callable[[], int]:
 
 
 READERS = {
-    "open config.json": Reader(st.deferred(lambda: st.sampled_from(options_of_families()).flatmap(json_file)), config, share=3),
+    "open config.json": Reader(st.deferred(lambda: st.sampled_from(options_of_families()).flatmap(json_file)), config,
+                               share=3),
     "safetensors": Reader(st.deferred(lambda: st.one_of(
         tensor_files().map(lambda content: {SINGLE: content}),
         indices().map(lambda content: {OTHER: safetensors(json_of(sample()[1]), sample()[2]), INDEX: content}))), tensors,

@@ -55,8 +55,8 @@ def make_rows(stream: TokenStream, tokenizer: Tokenizer, config: Config) -> Rows
     design, both = config.model.architecture, config.model.kind == "encoder_decoder"
     layout = Layout(both, data.length, data.encoder_length, getattr(design, "start_token", 0))
     needed = {LABELS: stream.labels, PAIRS: stream.target}.get(task.data, stream)
-    check(needed is not None, f"the prepared data has no {task.data}, which config.data.task.objective={task.objective} needs; "
-          "delete the folder data/ of the workdir and start again")
+    check(needed is not None, f"the prepared data has no {task.data}, which config.data.task.objective={task.objective} "
+          "needs; delete the folder data/ of the workdir and start again")
     if task.data == LABELS:
         return _with_empty(stream.documents, lambda index, rng: labelled(stream, data.length, index))
     if task.data == PAIRS:
