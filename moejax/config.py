@@ -279,7 +279,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         if isinstance(value, Mapping):
             flat |= flatten(value, f"{prefix}{name}.")
         else:
-            flat[prefix + name] = value
+            flat[f"{prefix}{name}"] = value
     return flat
 
 
@@ -359,6 +359,8 @@ def _typed(field: dataclasses.Field, value: Any, where: str) -> Any:
 def _options(value: Any, where: str) -> Mapping[str, Any] | None:
     """Options by name, if there are any."""
     check(value is None or isinstance(value, Mapping), f"{where}={value!r} must be None or a dict of options by name")
+    for name in value or ():
+        check(isinstance(name, str), f"unknown config key {where}.{name}; options have names")
     return value
 
 
@@ -372,9 +374,9 @@ def _typed_scalar(wanted: type, optional: bool, meta: Mapping[str, Any], value: 
     check(not meta["choices"] or value in meta["choices"],
           f"{where}={value!r} must be one of {', '.join(map(str, meta['choices']))}"
           + (nearest(value, meta["choices"]) if isinstance(value, str) else ""))
-    check(wanted is not int or abs(value) <= LARGEST, f"{where}={value!r} must be at most {LARGEST}")
     check(meta["low"] is None or value >= meta["low"], f"{where}={value!r} must be at least {meta['low']}")
-    check(meta["high"] is None or value <= meta["high"], f"{where}={value!r} must be at most {meta['high']}")
+    high = LARGEST if wanted is int and meta["high"] is None else meta["high"]
+    check(high is None or value <= high, f"{where}={value!r} must be at most {high}")
     return value
 
 

@@ -14,7 +14,7 @@ from moejax.architecture import Architecture
 from moejax.commands import config_of_run
 from moejax.faults import Faults
 from moejax.finetune import Finetune
-from moejax.main import main, make_config, parse_flags
+from moejax.main import main
 from moejax.mixture import Mixture
 from moejax.models import transformer
 from moejax.moe.routing import ROUTERS
@@ -28,8 +28,8 @@ LITERALS = st.sampled_from((
     "", "1", "-1", "0", "2.5", "1e400", "nan", "inf", "-inf", "None", "auto", "True", "maybe", "[1, 2]", "(1,)", "{}",
     "...", "{1: 2}", "{'a': 1}", "{'tasks': {1: {}}}", "{'tasks': {'a': {}, 2: {}}}", "b'x'", "1j", "{1, 2}",
     "\ud800", "[" * 300, "[" * 100_000, "-" * 100_000 + "1", "9" * 5000, "0x" + "f" * 5000, "1" + "0" * 400, "'\\ud800'",
-    "'a\\0b'", "2147483648", "4294967296", "{'objective': 'seq2seq'}", "{None: None}", "{'labels': ('a', 'a')}", "((1,), (2,))",
-    "{'rope': {'factor': 0}}", "[" * 90 + "]" * 90))
+    "'a\\0b'", "2147483648", "4294967296", "{'objective': 'seq2seq'}", "{None: None}", "{'labels': ('a', 'a')}",
+    "((1,), (2,))", "{'rope': {'factor': 0}}", "[" * 90 + "]" * 90))
 """Values of flags, of which the command line makes what Python literals are."""
 
 
@@ -53,7 +53,7 @@ def flags(values: list[tuple[str, str]], folder: Path) -> Callable[[], Any]:
     """Flags over the config of a file."""
     write(folder, {"config.json": json_of(TINY)})
     given = [f"--config.{name}={value}" for name, value in values]
-    return lambda: transformer.resolve(make_config(parse_flags(["main", f"--config={folder}/config.json", *given]), None))
+    return lambda: main(["main", f"--config={folder}/config.json", "--mode=shardings", *given])
 
 
 def workdir(content: bytes, folder: Path) -> Callable[[], Any]:
@@ -109,7 +109,7 @@ READERS = {
     "flags": Reader(st.lists(st.tuples(st.sampled_from(names()), st.one_of(LITERALS, SCALARS.map(str))), min_size=1,
                              max_size=3), flags, share=3),
     "config.json": Reader(st.deferred(lambda: json_file(stored())), workdir, share=3),
-    "options": Reader(options(), workdir, share=3),
+    "options": Reader(options(), set_up, share=3),
     "set-up": Reader(st.deferred(lambda: json_file(TINY)), set_up, share=0.3),
     "generate": Reader(st.tuples(st.deferred(lambda: st.one_of(st.just(json_of(stored())), json_file(stored()))), FLAGS),
                        generate, share=0.3),

@@ -17,6 +17,7 @@ from benchmarks.faults.fuzz_inputs import TEXT, VALUES, Reader, changed, damaged
 from moejax import config as config_lib
 from moejax.config import Config
 from moejax.data import sources
+from moejax.data.baselines import unigram_bits_per_byte, xz_bits_per_byte
 from moejax.data.mixing import rows_of_tasks
 from moejax.data.prepare import prepare
 from moejax.data.prepared import load_prepared, load_references
@@ -142,7 +143,7 @@ def prepared_samples() -> list[tuple[Any, dict[str, bytes]]]:
             path = Path(folder) / "corpus.jsonl"
             write(Path(folder), {path.name: b"\n".join(map(json_of, RECORDS))})
             prepare(config_for(task, str(path)), Path(folder) / "data", lambda line: None)
-            found.append((task, read_all(Path(folder) / "data")))
+            found.append((task, read_all(Path(folder) / "data") | {"baselines.json": b'{"xz_bits_per_byte": 1.5}'}))
     return found
 
 
@@ -189,6 +190,9 @@ def prepared(given: tuple[Any, dict[str, bytes]], folder: Path) -> Callable[[], 
             for rows in rows_of_tasks(found, config, split).values():
                 for index in range(min(rows.count, 12)):
                     rows.make(index, np.random.default_rng(0))
+        if found.eval is not None:
+            for baseline in (xz_bits_per_byte, unigram_bits_per_byte):
+                baseline(found) + 1.0
     return work
 
 

@@ -84,15 +84,15 @@ def changed(draw: st.DrawFn, tree: Any, values: st.SearchStrategy = VALUES, most
         how = draw(st.sampled_from(("set", "set", "set", "drop", "more")))
         if how == "more" or not keys:
             if isinstance(node, dict):
-                node[draw(TEXT)] = draw(values)
+                node[draw(TEXT)] = copy.deepcopy(draw(values))
             elif isinstance(node, list):
-                node.append(draw(values))
+                node.append(copy.deepcopy(draw(values)))
             continue
         key = draw(st.sampled_from(keys))
         if how == "drop":
             del node[key]
         else:
-            node[key] = draw(values)
+            node[key] = copy.deepcopy(draw(values))
     return tree
 
 

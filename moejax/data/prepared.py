@@ -97,9 +97,9 @@ def _load_stream(folder: Path, split: str, counts: dict[str, int]) -> TokenStrea
         stream = TokenStream(_load_array(folder / f"{name}.npy"), np.array(_load_array(folder / f"{name}_starts.npy")),
                              counts["bytes"], counts["documents"], **more)
         ends = np.diff(stream.starts, append=tokens)
-        if (stream.tokens.dtype not in (np.uint16, np.uint32) or stream.tokens.shape != (tokens,) or type(stream.bytes)
-                is not int or stream.starts.dtype != np.int64 or stream.starts.shape != (stream.documents,)
-                or stream.starts[0] != 0 or (ends <= 0).any()):
+        numbers = stream.tokens.dtype in (np.uint16, np.uint32) and stream.starts.dtype == np.int64
+        shapes = stream.tokens.shape == (tokens,) and stream.starts.shape == (stream.documents,)
+        if not (numbers and shapes and stream.starts[0] == 0 and (ends > 0).all() and stream.bytes > 0):
             raise ValueError(name)
         return stream
 

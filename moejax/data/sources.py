@@ -253,11 +253,11 @@ def _lines(path: Path) -> Iterator[bytes]:
         first, *lines = chunk.split(b"\n")
         tail.append(first)
         size += len(first)
+        check(size <= MOST_BYTES, f"{path}, line {number}: longer than {MOST_BYTES:,} bytes; split it")
         if lines:
             yield b"".join(tail)
             yield from lines[:-1]
             tail, size, number = [lines[-1]], len(lines[-1]), number + len(lines)
-        check(size <= MOST_BYTES, f"{path}, line {number}: longer than {MOST_BYTES:,} bytes; split it")
     if size:
         yield b"".join(tail)
 

@@ -76,11 +76,11 @@ def interpret(family: Family, options: Options, dtype: str = "float32") -> Confi
     """Options of a family as a resolved config. Raises `UserError` on what is not implemented."""
     try:
         settings = family.read(options)
+        length = min(DEFAULT_LENGTH, settings["model"]["max_length"])
     except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError, ZeroDivisionError) as error:
         raise UserError(f"{options.where}: an option has a value that it cannot have ({error})") from None
     options.finish()
     settings["model"]["architecture"] |= {"family": family.name or family.model_type}
-    length = min(DEFAULT_LENGTH, settings["model"]["max_length"])
     try:
         return transformer.resolve(config_lib.build(
             {"moe": {"every": 0}, **settings, "data": {"length": length}, "train": {"dtype": dtype}}))
