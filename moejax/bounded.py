@@ -1,8 +1,13 @@
-"""Reading what others wrote, within bounds: files that are files of a size that fits, JSON that is not endlessly nested."""
+"""Reading what others wrote within bounds, writing where others may have written, and saying so in one line.
 
+Files are files of a size that fits, and JSON is not endlessly nested.
+"""
+
+import contextlib
 import json
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +68,16 @@ def read_object(path: Path, unreadable: str, broken: str) -> dict[str, Any]:
         raise UserError(f"{path}: not valid JSON ({error}); {broken}") from None
     check(isinstance(found, dict), f"{path}: not a JSON object; {broken}")
     return found
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns what making a file or folder raises into `UserError`, with its place in the workdir."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error}); move what is in its place, make room on "
+                        "the disk, or take another --workdir") from error
 
 
 def one_line(message: str) -> str:

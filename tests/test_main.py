@@ -256,6 +256,24 @@ def test_workdirs_and_checkpoints_that_are_not_there(run_there, capfd, mode):
     assert "no checkpoint; train first" in refuse(capfd, "--workdir=w", *mode)
 
 
+@pytest.mark.parametrize("name", ("data", "data.part", "checkpoints", "tensorboard", "metrics.jsonl", "config.json",
+                                  ".writer.json"))
+def test_what_stands_in_the_way_in_a_workdir_is_named_and_left_alone(here, capfd, name):
+    (here / "w").mkdir()
+    if name in ("metrics.jsonl", "config.json", ".writer.json"):
+        (here / "w" / name / "inside").mkdir(parents=True)
+    else:
+        (here / "w" / name).write_text("other")
+    assert "cannot be written (" in refuse(capfd, "--config=c.py", "--workdir=w")
+
+
+def test_a_link_in_a_workdir_is_not_followed_to_remove_what_it_leads_to(here, capfd):
+    (here / "elsewhere" / "precious").mkdir(parents=True)
+    (here / "w").mkdir()
+    (here / "w" / "data").symlink_to(here / "elsewhere")
+    assert "w/data: cannot be written (Not a directory)" in refuse(capfd, "--config=c.py", "--workdir=w")
+
+
 @pytest.mark.parametrize("file", ("config.json", "data/tokenizer_config.json"))
 @pytest.mark.parametrize("mode", (("--config=c.py",), ("--mode=eval",), ("--mode=generate", "--prompt=a")))
 def test_damaged_files_of_a_run(run_there, capfd, file, mode):

@@ -31,6 +31,7 @@ from typing import Any
 
 import numpy as np
 
+from moejax.bounded import writing
 from moejax.config import Config, UserError, check
 from moejax.data import sources
 from moejax.data.examples import Example, Reader
@@ -79,10 +80,7 @@ def prepare(config: Config, folder: Path, say: Callable[[str], None] = print, co
     if summary.get("fingerprint") == fingerprint and content in (None, summary.get("content")):
         say(f"data: {folder} is up to date")
         return load_prepared(folder)
-    new = folder.with_name(folder.name + ".part")
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
-    try:
+    with writing(folder), _beside(folder) as new:
         tokenizer, found = _tokenizer(own, new, say), {}
         for name, each in own.items():
             with _of_task(name):
@@ -93,11 +91,21 @@ def prepare(config: Config, folder: Path, say: Callable[[str], None] = print, co
         said = "config.data.task.tasks" if "tasks" in summary else f"config.data.source={config.data.source}"
         check(content in (None, whole), f"{said} is not the text that {folder.parent} was trained on; restore the text, or "
               "take another --workdir")
+    return load_prepared(folder)
+
+
+@contextlib.contextmanager
+def _beside(folder: Path) -> Iterator[Path]:
+    """A new folder, which takes the place of another one if all goes well, and is gone if not."""
+    new = folder.with_name(folder.name + ".part")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    try:
+        yield new
         shutil.rmtree(folder, ignore_errors=True)
         new.rename(folder)
     finally:
         shutil.rmtree(new, ignore_errors=True)
-    return load_prepared(folder)
 
 
 @contextlib.contextmanager
