@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
+import tensorstore as ts
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -145,6 +146,16 @@ def test_verify_answers_whatever_bytes_are_in_any_file(saved, tmp_path, capfd, d
         assert main([command, str(workdir)]) in (0, 1)
     out, err = capfd.readouterr()
     assert not err and out.count("\n") == 4, (out, err)
+
+
+def test_an_array_of_another_shape_is_not_read_whatever_its_size(folder):
+    """2 TiB of zeros take no room on disk."""
+    shutil.rmtree(folder / "model")
+    (folder / "model").mkdir()
+    ts.open({"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": f"file://{folder}/model/", "path": "w_DF/"}},
+            create=True, shape=[1 << 39], dtype=ts.float32).result()
+    wrong = verify(folder).wrong
+    assert any("array model/w_DF has shape (549755813888,) and type float32, where (2, 3) and" in line for line in wrong)
 
 
 def test_nothing_in_a_checkpoint_is_a_pickle(saved):

@@ -7,9 +7,11 @@ import pytest
 
 from moejax.config import UserError, build
 from moejax.data.baselines import unigram_bits_per_byte, xz_bits_per_byte
+from moejax.data.mixing import rows_of_tasks
 from moejax.data.prepare import prepare
 from moejax.data.prepared import load_prepared, load_references
 from moejax.data.rows import make_rows
+from moejax.models import transformer
 
 PAIRS = {"objective": "seq2seq", "input": "{text}"}
 
@@ -93,3 +95,13 @@ def test_baselines_are_numbers_of_what_is_there(folder):
     np.lib.format.open_memmap(folder / "eval.npy", "r+")[1] = 60_000
     with pytest.raises(UserError, match="the prepared data is damaged"):
         unigram_bits_per_byte(load_prepared(folder))
+
+
+def test_data_of_other_tasks_is_not_that_of_the_config(folder):
+    prepared, mixed = load_prepared(folder), {"tasks": {"a": {"source": "a"}}}
+    own = build({"model": {"vocab_size": 300}, "data": {"source": "a", "tokenizer": "bytes", "task": mixed}})
+    with pytest.raises(UserError, match="holds prepared data of other tasks; delete the folder"):
+        rows_of_tasks(prepared, transformer.resolve(own), "train")
+    both = prepared._replace(tasks={"a": prepared}, train=None)
+    with pytest.raises(UserError, match="holds prepared data of other tasks; delete the folder"):
+        rows_of_tasks(both, transformer.resolve(config("a", task=PAIRS)), "train")
