@@ -18,7 +18,7 @@ from moejax.checkpoint.lock import one_writer
 from moejax.checkpoint.workdir import check_continues, read_config, unchanged_on_user_error
 from moejax.config import Config, UserError, check, to_dict
 from moejax.data.baselines import unigram_bits_per_byte, xz_bits_per_byte
-from moejax.data.prepare import Prepared, load_prepared, load_references
+from moejax.data.prepared import Prepared, load_prepared, load_references
 from moejax.data.rows import shorten
 from moejax.data.specials import special_ids
 from moejax.data.tokenizers import added_text, load_tokenizer

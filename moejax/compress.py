@@ -79,7 +79,8 @@ def compress(workdir: Path, new: Path, batches: int, source: str | None,
 @contextlib.contextmanager
 def prepared_text(config: Config, workdir: Path, fresh: bool) -> Iterator[Any]:
     """The text of a run: as it was prepared for it, or prepared for the moment."""
-    from moejax.data.prepare import load_prepared, prepare
+    from moejax.data.prepare import prepare
+    from moejax.data.prepared import load_prepared
     if not fresh and (workdir / "data" / "summary.json").is_file():
         yield load_prepared(workdir / "data")
         return

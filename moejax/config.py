@@ -6,17 +6,19 @@ changes; `build` turns it into a `Config`. `python -m moejax.config` prints ever
 
 import dataclasses
 import difflib
-import json
 import math
 import types
 import typing
-from pathlib import Path
 from typing import Any, Mapping, Sequence
 
 from ml_collections import ConfigDict, config_dict
 
 AUTO = "auto"
 """The value of a key that is left to the router; see `routed_key`."""
+
+
+LARGEST = 2**32 - 1
+"""The largest whole number that a key may have, where it says no less."""
 
 
 class UserError(Exception):
@@ -47,8 +49,9 @@ class ModelConfig:
     kind: str = key("decoder", "what sees what: a token those before, all tokens each other, or the tokens of a "
                     "decoder those before and all of an encoder's", choices=("decoder", "encoder", "encoder_decoder"))
     vocab_size: int = key(4096, "rows of the embedding (V)", low=2)
-    layers: int = key(4, "number of blocks", low=1)
-    encoder_layers: int | None = key(None, "encoder_decoder only: blocks of the encoder; None takes layers", low=1)
+    layers: int = key(4, "number of blocks", low=1, high=10_000)
+    encoder_layers: int | None = key(None, "encoder_decoder only: blocks of the encoder; None takes layers", low=1,
+                                     high=10_000)
     embed: int = key(256, "model width (D)", low=1)
     heads: int = key(4, "query heads (Q)", low=1)
     kv_heads: int = key(2, "key and value heads (G), a divisor of heads", low=1)
@@ -78,7 +81,7 @@ class MoEConfig:
     sparse_blocks: tuple[int, ...] | None = key(None, "numbers of the sparse blocks, from 0; None goes by every and "
                                                 "first_dense", low=0)
     router: str = key("topk", "a name in moejax.moe.routing.ROUTERS; python -m moejax.moe.routing lists them")
-    num_experts: int = key(8, "experts in a sparse layer (E)", low=1)
+    num_experts: int = key(8, "experts in a sparse layer (E)", low=1, high=1 << 20)
     experts_per_token: int = routed_key(2, "experts that a token reaches (K); the mean where their number varies", low=1)
     ffn: int | None = key(None, "hidden width of one expert (F); None takes model.ffn", low=1)
     latent_divisor: int = routed_key(1, "experts work on vectors of width D over this, between two projections that they "
@@ -254,25 +257,9 @@ def check(ok: bool, message: str) -> None:
         raise UserError(message)
 
 
-def read_object(path: Path, unreadable: str, broken: str) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-      UserError: the file cannot be read, with the advice `unreadable`; or holds no JSON object, with the advice `broken`.
-    """
-    try:
-        found = json.loads(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); {unreadable}") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error}); {broken}") from None
-    check(isinstance(found, dict), f"{path}: not a JSON object; {broken}")
-    return found
-
-
 def nearest(name: str, names: Sequence[str]) -> str:
     """' (did you mean X?)' with the name most like the given one, or nothing."""
-    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
+    close = difflib.get_close_matches(str(name)[:99], list(names), n=1, cutoff=0.5)
     return f" (did you mean {close[0]}?)" if close else ""
 
 
@@ -292,7 +279,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         if isinstance(value, Mapping):
             flat |= flatten(value, f"{prefix}{name}.")
         else:
-            flat[prefix + name] = value
+            flat[f"{prefix}{name}"] = value
     return flat
 
 
@@ -330,11 +317,11 @@ def build(tree: Mapping[str, Any]) -> Config:
       UserError: an unknown key, a value of the wrong type or out of range, or values that cannot work together.
     """
     tree = tree.to_dict() if isinstance(tree, ConfigDict) else dict(tree)
-    for name in set(tree.get("train", {})) & NO_LONGER_IN_TRAIN:
-        train, data = dict(tree["train"]), dict(tree.get("data", {}))
-        value = train.pop(name)
-        data["task"] = ({} if name == "sample_tokens" else {name: value}) | (data.get("task") or {})
-        tree |= {"train": train, "data": data}
+    train, data = tree.get("train"), tree.get("data", {})
+    if isinstance(train, Mapping) and isinstance(data, Mapping) and NO_LONGER_IN_TRAIN & set(train):
+        kept = {name: value for name, value in train.items() if name not in NO_LONGER_IN_TRAIN}
+        task = {name: train[name] for name in NO_LONGER_IN_TRAIN - {"sample_tokens"} if name in train}
+        tree |= {"train": kept, "data": {**data, "task": task | (_options(data.get("task"), "config.data.task") or {})}}
     return build_group(Config, tree, "config")
 
 
@@ -358,8 +345,7 @@ def _typed(field: dataclasses.Field, value: Any, where: str) -> Any:
     if value == AUTO and "fallback" in field.metadata:
         return AUTO
     if field.type is Any:
-        check(value is None or isinstance(value, Mapping), f"{where}={value!r} must be None or a dict of options by name")
-        return value
+        return _options(value, where)
     optional = isinstance(field.type, types.UnionType)
     wanted = typing.get_args(field.type)[0] if optional else field.type
     if value is None and optional:
@@ -370,10 +356,18 @@ def _typed(field: dataclasses.Field, value: Any, where: str) -> Any:
     return _typed_scalar(wanted, optional, field.metadata, value, where)
 
 
+def _options(value: Any, where: str) -> Mapping[str, Any] | None:
+    """Options by name, if there are any."""
+    check(value is None or isinstance(value, Mapping), f"{where}={value!r} must be None or a dict of options by name")
+    for name in value or ():
+        check(isinstance(name, str), f"unknown config key {where}.{name}; options have names")
+    return value
+
+
 def _typed_scalar(wanted: type, optional: bool, meta: Mapping[str, Any], value: Any, where: str) -> Any:
     """A value that is no group and no list, as `_typed` returns it."""
     if wanted is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        value = float(value) if abs(value) < 1 << 1000 else math.inf
     names = f"{wanted.__name__} or None" if optional else wanted.__name__
     check(type(value) is wanted, f"{where}={value!r} must be of type {names}")
     check(wanted is not float or math.isfinite(value), f"{where}={value!r} must be finite")
@@ -381,7 +375,8 @@ def _typed_scalar(wanted: type, optional: bool, meta: Mapping[str, Any], value: 
           f"{where}={value!r} must be one of {', '.join(map(str, meta['choices']))}"
           + (nearest(value, meta["choices"]) if isinstance(value, str) else ""))
     check(meta["low"] is None or value >= meta["low"], f"{where}={value!r} must be at least {meta['low']}")
-    check(meta["high"] is None or value <= meta["high"], f"{where}={value!r} must be at most {meta['high']}")
+    high = LARGEST if wanted is int and meta["high"] is None else meta["high"]
+    check(high is None or value <= high, f"{where}={value!r} must be at most {high}")
     return value
 
 

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable
 
+from moejax.bounded import one_line
 from moejax.config import UserError
 
 FAILED, WRONG_INPUT, INTERRUPTED = 1, 2, 130  # the latter as shells have it
@@ -22,12 +23,12 @@ def exit_status(work: Callable[[], None], interrupted: str) -> int:
     try:
         work()
     except UserError as error:
-        if message := " ".join(str(error).split("\n")):  # else another process says it
+        if message := one_line(str(error)):  # else another process says it
             print("moejax:", message, file=sys.stderr)
         return WRONG_INPUT
     except RunFailed as error:
         if str(error):  # else another process says it
-            print("moejax:", error, file=sys.stderr)
+            print("moejax:", one_line(str(error)), file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
         print("moejax: interrupted;", interrupted, file=sys.stderr)

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from moejax import allocator
 from moejax import config as config_lib
+from moejax.bounded import read_object
 from moejax.config import Config, UserError, check, nearest
 from moejax.exit_status import INTERRUPTED, exit_status
 
@@ -165,7 +166,9 @@ def _literal(kind: Any, value: Any) -> Any:
     if str in types:
         return None if value == "None" and type(None) in types else value
     try:
-        return ast.literal_eval(str(value))
+        found = ast.literal_eval(str(value))
+        repr(found)  # which a message may need, and not every number has
+        return found
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return value  # `config.build` says what is wrong with it
 
@@ -181,7 +184,7 @@ def load_config_file(spec: str) -> dict[str, Any]:
           "experiments/tiny.py")
     if name.endswith(".json"):
         check(not colon, f"--config={spec}: a .json file takes no argument")
-        return config_lib.read_object(Path(name), "check its permissions", "give the config.json of a workdir")
+        return read_object(Path(name), "check its permissions", "give the config.json of a workdir")
     arguments = [argument] if colon else []
     try:
         get_config = runpy.run_path(name, run_name="moejax_config").get("get_config")

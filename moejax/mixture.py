@@ -67,7 +67,8 @@ def resolve(given: "Task | Mixture | Mapping[str, Any] | None", model: ModelConf
     mixture = build_group(Mixture, given, where)
     check(isinstance(mixture.tasks, Mapping) and len(mixture.tasks) > 0, f"{where}.tasks={mixture.tasks!r} must be a dict "
           "of tasks by name, at least one")
-    tasks = {name: _task(name, mixture.tasks[name], model, f"{where}.tasks.{name}") for name in sorted(mixture.tasks)}
+    tasks = {name: _task(name, mixture.tasks[name], model, f"{where}.tasks.{name}")
+             for name in sorted(mixture.tasks, key=str)}
     mixture = dataclasses.replace(mixture, tasks=tasks)
     check(mixture.rates == "temperature" or mixture.temperature == 1, f"{where}.temperature has no effect with "
           f"{where}.rates={mixture.rates}; leave it out")
@@ -85,12 +86,18 @@ def resolve(given: "Task | Mixture | Mapping[str, Any] | None", model: ModelConf
     return mixture
 
 
+def task_name(name: Any) -> str:
+    """A task's name, after which a folder is named. Raises `UserError` on others."""
+    check(isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9_-]{1,99}", name) is not None, f"config.data.task.tasks: the "
+          f"name of a task has letters, digits, _ and - only, as a folder is named after it, and not {name!r}")
+    return name
+
+
 def _task(name: str, given: Any, model: ModelConfig, where: str) -> Task:
     """The typed options of one task. Raises `UserError` on impossible ones."""
     if isinstance(given, Task):
         return given
-    check(re.fullmatch(r"[A-Za-z0-9_-]+", name) is not None, f"{where}: a name of a task has letters, digits, _ and - "
-          "only, as a folder is named after it")
+    task_name(name)
     check(isinstance(given, Mapping), f"{where}={given!r} must be a dict of a source and options of a task")
     task = resolve_task(given, model, where)
     check(bool(task.source), f"{where}.source: name the task's text, as config.data.source would")

@@ -103,3 +103,26 @@ def test_a_config_of_an_earlier_version_is_read_and_its_open_options_are_the_def
     assert changed(read, transformer.resolve(same)) == ([], [])
     other = build({"data": {"task": {"label_smoothing": 0.1}}, "train": {"finetune": {"lora_rank": 4}}})
     assert changed(read, transformer.resolve(other)) == (["train.finetune.lora_rank"], [])
+
+
+@pytest.mark.parametrize("tree, words", (
+    ({"model": {"layers": 10**30}}, "config.model.layers=10+ must be at most 10000"),
+    ({"model": {"embed": 2**32}}, "config.model.embed=4294967296 must be at most 4294967295"),
+    ({"moe": {"num_experts": 2**21}}, "config.moe.num_experts=2097152 must be at most"),
+    ({"optimizer": {"eps": 10**400}}, "config.optimizer.eps=inf must be finite"),
+    ({"optimizer": {"eps": -10**400}}, "config.optimizer.eps=inf must be finite"),
+    ({"train": 3}, "config.train is a group of keys, not 3"), ({"train": None}, "config.train is a group"),
+    ({"train": {"sample_tokens": 3}, "data": 4}, "config.data is a group of keys, not 4|unknown config key"),
+    ({"train": {"sample_tokens": 3}, "data": {"task": 4}}, "config.data.task=4 must be None or a dict"),
+    ({3: 4}, "unknown config key config.3"), ({"model": {None: 4}}, "unknown config key config.model.None"),
+    ({"x" * 10**6: 4}, "unknown config key"),
+))
+def test_values_of_any_size_and_names_of_any_type_are_refused(tree, words):
+    with pytest.raises(UserError, match=words):
+        build(tree)
+
+
+@pytest.mark.parametrize("task", ({1: 2}, {"tasks": {1: {}, "a": {}}}, {"tasks": {None: {}, 2: {}}}, {"tasks": [1]}))
+def test_names_of_options_and_tasks_are_names(task):
+    with pytest.raises(UserError):
+        transformer.resolve(build({"data": {"task": task}}))

@@ -108,6 +108,11 @@ def test_wrong_flags(here, capfd, arguments, words):
     ("model.layers=None", "config.model.layers=None must be of type int"),
     ("model.layers=", "config.model.layers='' must be of type int"),
     ("model.layers=0", "config.model.layers=0 must be at least 1"),
+    ("model.layers=" + "9" * 5000, "config.model.layers='999"),
+    ("model.embed=0x" + "f" * 5000, "config.model.embed='0xfff"),
+    ("model.embed=" + "[" * 5000, "config.model.embed='[[["),
+    ("optimizer.eps=1" + "0" * 400, "config.optimizer.eps=inf must be finite"),
+    ("data.task={1: 2}", "unknown config key config.data.task.1"),
     ("model.dropout=1.5", "config.model.dropout=1.5 must be at most 1"),
     ("optimizer.learning_rate=nan", "config.optimizer.learning_rate='nan' must be of type float"),
     ("moe.renormalize=maybe", "--config.moe.renormalize=maybe: must be true or false"),
@@ -251,6 +256,24 @@ def test_workdirs_and_checkpoints_that_are_not_there(run_there, capfd, mode):
     assert "no checkpoint; train first" in refuse(capfd, "--workdir=w", *mode)
 
 
+@pytest.mark.parametrize("name", ("data", "data.part", "checkpoints", "tensorboard", "metrics.jsonl", "config.json",
+                                  ".writer.json"))
+def test_what_stands_in_the_way_in_a_workdir_is_named_and_left_alone(here, capfd, name):
+    (here / "w").mkdir()
+    if name in ("metrics.jsonl", "config.json", ".writer.json"):
+        (here / "w" / name / "inside").mkdir(parents=True)
+    else:
+        (here / "w" / name).write_text("other")
+    assert "cannot be written (" in refuse(capfd, "--config=c.py", "--workdir=w")
+
+
+def test_a_link_in_a_workdir_is_not_followed_to_remove_what_it_leads_to(here, capfd):
+    (here / "elsewhere" / "precious").mkdir(parents=True)
+    (here / "w").mkdir()
+    (here / "w" / "data").symlink_to(here / "elsewhere")
+    assert "w/data: cannot be written (Not a directory)" in refuse(capfd, "--config=c.py", "--workdir=w")
+
+
 @pytest.mark.parametrize("file", ("config.json", "data/tokenizer_config.json"))
 @pytest.mark.parametrize("mode", (("--config=c.py",), ("--mode=eval",), ("--mode=generate", "--prompt=a")))
 def test_damaged_files_of_a_run(run_there, capfd, file, mode):
@@ -265,6 +288,7 @@ def test_damaged_files_of_a_run(run_there, capfd, file, mode):
     (("--prompt=a\udcff",), "--prompt: not valid UTF-8 at letter 1"),
     (("--prompt=a", "--max_new_tokens=0"), "max_new_tokens=0 must be at least 1"),
     (("--prompt=a", "--max_new_tokens=4", "--temperature=nan"), "temperature=nan must be at least 0"),
+    (("--prompt=a", "--max_new_tokens=4", "--beams=1000000000"), "beams=1000000000 must be at least 1 and at most 4096"),
     (("--prompt=a", "--max_new_tokens=4", "--top_p=0"), "top_p=0.0 must be above 0"),
     (("--prompt=a", "--max_new_tokens=4", "--config.moe.router=hash"), "config.moe.router ('topk' -> 'hash')"),
 ))

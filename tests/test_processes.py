@@ -21,7 +21,7 @@ from moejax import processes
 from moejax.checkpoint import read_config
 from moejax.checkpoint.verify import verify
 from moejax.data.loader import train_loader
-from moejax.data.prepare import load_prepared
+from moejax.data.prepared import load_prepared
 from moejax.data.rows import make_rows
 from moejax.main import main
 from moejax.metrics.record import read

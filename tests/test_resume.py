@@ -16,7 +16,7 @@ from jax.sharding import SingleDeviceSharding
 
 from moejax.checkpoint import Store, place, read_config
 from moejax.data.loader import train_loader
-from moejax.data.prepare import load_prepared
+from moejax.data.prepared import load_prepared
 from moejax.data.rows import make_rows
 from moejax.metrics.record import read
 from moejax.train.loop import items

@@ -6,10 +6,12 @@ import pathlib
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
-LEAVES = {"axes", "architecture", "config", "exit_status", "faults", "finetune", "matrices", "mixture", "moe.types", "task"}
+LEAVES = {"axes", "architecture", "bounded", "config", "exit_status", "faults", "finetune", "matrices", "mixture",
+          "moe.types", "task"}
 MAY_IMPORT = {
     "axes": set(),
     "architecture": set(),
+    "bounded": set(),
     "task": set(),
     "mixture": set(),
     "exit_status": set(),

@@ -29,7 +29,8 @@ from moejax import allocator
 from moejax import config as config_lib
 from moejax.config import Config, UserError
 from moejax.data.loader import eval_batches, train_loader
-from moejax.data.prepare import Prepared, load_prepared, prepare
+from moejax.data.prepare import prepare
+from moejax.data.prepared import Prepared, load_prepared
 from moejax.data.rows import make_rows
 from moejax.evaluation.causality import leak
 from moejax.main import load_config_file

@@ -55,6 +55,15 @@ def read(folder: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> tuple[dict
     return _each(wanted, lambda name: _place(_open(folder, name, context), wanted[name]))
 
 
+def look(folder: Path, name: str) -> tuple[tuple[int, ...], str]:
+    """Shape and type of an array of an item, which is not read. Raises `Damaged`."""
+    try:
+        store = _open(folder, name, ts.Context())
+        return store.shape, store.dtype.name
+    except WRONG as error:
+        raise Damaged(f"cannot be read ({reason(error)})") from None
+
+
 def read_whole(folder: Path, name: str) -> np.ndarray:
     """An array of an item on the host. Raises `Damaged`."""
     try:

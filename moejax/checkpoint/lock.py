@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from moejax.bounded import parse_json
 from moejax.checkpoint.store import warn
 from moejax.config import UserError, check
 
@@ -99,8 +100,8 @@ def _locked(path: Path) -> tuple[int, bool | None]:
 def _owner(handle: int) -> dict[str, Any]:
     """Whom the file names; empty if nobody."""
     try:
-        owner = json.loads(os.pread(handle, 4096, 0))
-    except (OSError, ValueError, RecursionError):
+        owner = parse_json(os.pread(handle, 4096, 0))
+    except (OSError, ValueError):
         return {}
     return owner if isinstance(owner, dict) else {}
 

@@ -10,14 +10,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Callable, Iterator, Mapping
 
+from moejax.bounded import parse_json, read_file
+
 NAME = "manifest.json"
 MARK = "moejax_manifest"
 """What Orbax's own metadata of a checkpoint says if there is to be a manifest; older versions of moejax wrote none."""
 FORMAT = 1
 SMALL = 1 << 20
 """Bytes of a file up to which it is hashed though it holds arrays."""
-LIMIT = 64 << 20
-"""Bytes of JSON that are read at most."""
 
 
 class Damaged(Exception):
@@ -117,13 +117,13 @@ def read(folder: Path) -> Manifest:
                 raise Unverified
         raise Damaged(f"{NAME} is missing")
     with as_damage(NAME):
-        content = read_file(folder / NAME)
+        content = read_file(folder / NAME, links=False)
         head, _, rest = content.partition(b"\n")
         body, _, nothing = rest.partition(b"\n")
         wanted = json.dumps({"sha256_of_next_line": hashlib.sha256(body).hexdigest()}).encode()
         if head != wanted or nothing or not rest.endswith(b"\n"):
             raise Damaged(f"{NAME} is torn or damaged")
-        return _parsed(json.loads(body))
+        return _parsed(parse_json(body))
 
 
 def check_step(folder: Path, manifest: Manifest) -> None:
@@ -162,16 +162,8 @@ def check_files(folder: Path, manifest: Manifest, parts: Callable[[str], bool] =
 
 
 def read_json(path: Path) -> Any:
-    """A file of JSON of bounded size. Raises `OSError`, `ValueError` or `RecursionError`."""
-    return json.loads(read_file(path))
-
-
-def read_file(path: Path) -> bytes:
-    """A file of bounded size, which is no link, pipe or device. Raises `OSError` or `ValueError`."""
-    status = os.lstat(path)
-    if not stat.S_ISREG(status.st_mode) or status.st_size > LIMIT:
-        raise ValueError("not a file of such a size")
-    return path.read_bytes()
+    """A file of JSON, which is no link. Raises `OSError` or `ValueError`."""
+    return parse_json(read_file(path, links=False))
 
 
 @contextlib.contextmanager
@@ -183,7 +175,7 @@ def as_damage(name: str) -> Iterator[None]:
         raise Damaged(f"{name} is missing") from None
     except OSError as error:
         raise Damaged(f"{name} cannot be read ({error.strerror})") from None
-    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
         raise Damaged(f"{name} is damaged") from None
 
 

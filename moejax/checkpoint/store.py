@@ -22,6 +22,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from moejax import peers
+from moejax.bounded import writing
 from moejax.checkpoint import arrays, digest
 from moejax.checkpoint import manifest as manifests
 from moejax.checkpoint.manifest import Damaged, Manifest, Stored, Unverified
@@ -89,8 +90,9 @@ class Store:
         self._saves = 0
         self.failure: NotSaved | None = None
         if not read_only and self._chief:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._sweep()
+            with writing(self.folder):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self._sweep()
 
     def save(self, step: int, items: Mapping[str, Any], data: dict[str, Any], value: float | None) -> None:
         """Starts writing a checkpoint; returns as soon as the arrays are copied, so they may be donated.

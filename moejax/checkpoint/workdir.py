@@ -7,7 +7,8 @@ import shutil
 from pathlib import Path
 from typing import Any, Callable, Iterator
 
-from moejax.config import AUTO, ROUTED, Config, UserError, build, check, fields, flatten, read_object, to_dict
+from moejax.bounded import read_object
+from moejax.config import AUTO, ROUTED, Config, UserError, build, check, fields, flatten, to_dict
 
 TASKS = "data.task.tasks."
 """Keys of the tasks of a mixture, of which there may be fewer in another config."""

@@ -8,7 +8,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from moejax.data.prepare import Prepared, read_json, write_json
+from moejax.config import UserError
+from moejax.data.prepare import write_json
+from moejax.data.prepared import Prepared, read_json
 
 CHUNK_BYTES = 1 << 20
 CHUNK_TOKENS = 1 << 24
@@ -53,7 +55,11 @@ def _counts(tokens_N: np.ndarray, vocab_size: int) -> np.ndarray:
 def _cached(prepared: Prepared, name: str, compute: Callable[[Prepared], float]) -> float:
     path = prepared.folder / "baselines.json"
     known = read_json(path)
-    if name not in known:
-        known[name] = compute(prepared)
+    if not isinstance(known.get(name), float):
+        try:
+            known[name] = compute(prepared)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{prepared.folder}: the prepared data is damaged ({error}); delete the folder and start again"
+                            ) from None
         write_json(path, known)
     return known[name]

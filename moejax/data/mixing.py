@@ -18,7 +18,7 @@ import numpy as np
 
 from moejax.config import Config, check
 from moejax.data.loader import TRAINING, stack_rows, train_loader
-from moejax.data.prepare import Prepared
+from moejax.data.prepared import Prepared
 from moejax.data.rows import Rows, make_rows
 from moejax.mixture import Mixture, parts, rates
 
@@ -124,6 +124,8 @@ def rows_of_tasks(prepared: Prepared, config: Config, split: str) -> dict[str, R
     In a mixture every row carries `task`, the number of its task, and arrays that only other tasks have as zeros.
     """
     own = parts(config)
+    check(set(own) == (set(prepared.tasks) or {""}), f"{prepared.folder}: holds prepared data of other tasks; delete the "
+          "folder and start again")
     found = {name: make_rows(getattr(prepared.tasks[name] if name else prepared, split), prepared.tokenizer, each)
              for name, each in own.items()}
     if not isinstance(config.data.task, Mixture):

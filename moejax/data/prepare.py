@@ -27,17 +27,18 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
+from moejax.bounded import writing
 from moejax.config import Config, UserError, check
 from moejax.data import sources
 from moejax.data.examples import Example, Reader
 from moejax.data.labels import name_labels, number_labels
+from moejax.data.prepared import REFERENCES, SPLITS, Prepared, load_prepared, read_json
 from moejax.data.specials import special_ids
-from moejax.data.tokenizers import Tokenizer, load_tokenizer, make_tokenizer, tokenizer_files
+from moejax.data.tokenizers import Tokenizer, make_tokenizer, tokenizer_files
 from moejax.mixture import parts, resolve
 from moejax.task import LABELS, OF_MIXTURES, PAIRS, TEXT, reserved_ids, window_of
 
@@ -45,57 +46,9 @@ FORMAT = {TEXT: 2, PAIRS: 3, LABELS: 2}
 """Raise it when the same config would give other files."""
 KEYS = ("source", "eval_source", "eval_fraction", "text_key", "task", "on_bad_record", "tokenizer", "shuffle")
 """Keys of config.data that change what is prepared; the others act when batches are made."""
-SPLITS = ("train", "eval")
 BATCH_DOCUMENTS, BATCH_LETTERS = 1000, 4 << 20
 """Documents and text tokenised together: what is held in memory."""
 SAY_SECONDS = 10
-REFERENCES = "eval_references.json"
-
-
-class TokenStream(NamedTuple):
-    """One split.
-
-    Attributes:
-      tokens: memory map uint16 or uint32 [N].
-      starts: int64 [documents], offsets of their first tokens: separators, or what else a tokenizer begins a text with.
-      bytes: size of the text in UTF-8 without separators.
-      documents: their number.
-      target: the same of the documents' targets, or None.
-      labels: of the documents, see above, or None.
-    """
-
-    tokens: np.ndarray
-    starts: np.ndarray
-    bytes: int
-    documents: int
-    target: "TokenStream | None" = None
-    labels: np.ndarray | None = None
-
-    def document(self, index: int) -> np.ndarray:
-        """The tokens of one document."""
-        end = self.starts[index + 1] if index + 1 < self.documents else len(self.tokens)
-        return self.tokens[self.starts[index]:end]
-
-
-class Prepared(NamedTuple):
-    """All that training and evaluation need of the data.
-
-    Attributes:
-      tokenizer: of all texts.
-      train, eval: the splits; None of a mixture.
-      folder: where it lies.
-      content: hash of the data.
-      labels: their names in the order of the scores.
-      tasks: the data of each task of a mixture.
-    """
-
-    tokenizer: Tokenizer
-    train: TokenStream | None
-    eval: TokenStream | None
-    folder: Path
-    content: str
-    labels: tuple[str, ...] = ()
-    tasks: "Mapping[str, Prepared]" = MappingProxyType({})
 
 
 def prepare(config: Config, folder: Path, say: Callable[[str], None] = print, content: str | None = None) -> Prepared:
@@ -127,10 +80,7 @@ def prepare(config: Config, folder: Path, say: Callable[[str], None] = print, co
     if summary.get("fingerprint") == fingerprint and content in (None, summary.get("content")):
         say(f"data: {folder} is up to date")
         return load_prepared(folder)
-    new = folder.with_name(folder.name + ".part")
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
-    try:
+    with writing(folder), _beside(folder) as new:
         tokenizer, found = _tokenizer(own, new, say), {}
         for name, each in own.items():
             with _of_task(name):
@@ -141,11 +91,21 @@ def prepare(config: Config, folder: Path, say: Callable[[str], None] = print, co
         said = "config.data.task.tasks" if "tasks" in summary else f"config.data.source={config.data.source}"
         check(content in (None, whole), f"{said} is not the text that {folder.parent} was trained on; restore the text, or "
               "take another --workdir")
+    return load_prepared(folder)
+
+
+@contextlib.contextmanager
+def _beside(folder: Path) -> Iterator[Path]:
+    """A new folder, which takes the place of another one if all goes well, and is gone if not."""
+    new = folder.with_name(folder.name + ".part")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    try:
+        yield new
         shutil.rmtree(folder, ignore_errors=True)
         new.rename(folder)
     finally:
         shutil.rmtree(new, ignore_errors=True)
-    return load_prepared(folder)
 
 
 @contextlib.contextmanager
@@ -204,54 +164,6 @@ def _build(config: Config, folder: Path, name: str, tokenizer: Tokenizer, say: C
             + (f", {count['target_tokens']:,} in targets" if task.data == PAIRS else ""))
     say(f"{where}prepared in {time.monotonic() - begin:.1f} s")
     return content
-
-
-def load_prepared(folder: Path) -> Prepared:
-    """What an earlier `prepare` left in a folder. Raises UserError if that is missing or not whole."""
-    summary = read_json(folder / "summary.json")
-    check(bool(summary), f"{folder} holds no prepared data (summary.json); train with this workdir first")
-    if "tasks" in summary:
-        tasks = {name: load_prepared(folder / name) for name in summary["tasks"]}
-        return Prepared(load_tokenizer(folder), None, None, folder, summary["content"], tasks=tasks)
-    try:
-        streams = [_load_stream(folder, split, summary[split]) for split in SPLITS]
-        content, labels = summary["content"], tuple(summary.get("labels", ()))
-    except (OSError, EOFError, ValueError, KeyError, TypeError):
-        streams = []
-    check(bool(streams), f"{folder}: the prepared data is damaged; delete the folder and start again")
-    return Prepared(load_tokenizer(folder), *streams, folder, content, labels)
-
-
-def load_references(folder: Path) -> list[str]:
-    """The held-out targets of a prepared folder, as they were before they became tokens."""
-    try:
-        return json.loads((folder / REFERENCES).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise UserError(f"{folder / REFERENCES}: missing or broken; delete the folder and give the training command "
-                        "again") from None
-
-
-def _load_stream(folder: Path, split: str, counts: dict[str, int]) -> TokenStream:
-    """One split. Raises ValueError if a file has not the size that it should have, and what numpy raises."""
-    def load(name: str, tokens: int, **more: Any) -> TokenStream:
-        stream = TokenStream(np.load(folder / f"{name}.npy", mmap_mode="r"), np.load(folder / f"{name}_starts.npy"),
-                             counts["bytes"], counts["documents"], **more)
-        if len(stream.tokens) != tokens or len(stream.starts) != stream.documents:
-            raise ValueError(name)
-        return stream
-
-    labels = folder / f"{split}_labels.npy"
-    return load(split, counts["tokens"], labels=np.load(labels) if labels.exists() else None,
-                target=load(f"{split}_target", counts["target_tokens"]) if counts.get("target_tokens") else None)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty if the file is missing or broken."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:

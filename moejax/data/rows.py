@@ -9,7 +9,7 @@ import numpy as np
 
 from moejax.config import Config, check
 from moejax.data.packing import num_windows, pack
-from moejax.data.prepare import TokenStream
+from moejax.data.prepared import TokenStream
 from moejax.data.specials import special_ids
 from moejax.data.tokenizers import Tokenizer
 from moejax.objectives.masked_lm import mask_tokens
@@ -54,6 +54,9 @@ def make_rows(stream: TokenStream, tokenizer: Tokenizer, config: Config) -> Rows
     data = dataclasses.replace(config.data, task=task)
     design, both = config.model.architecture, config.model.kind == "encoder_decoder"
     layout = Layout(both, data.length, data.encoder_length, getattr(design, "start_token", 0))
+    needed = {LABELS: stream.labels, PAIRS: stream.target}.get(task.data, stream)
+    check(needed is not None, f"the prepared data has no {task.data}, which config.data.task.objective={task.objective} "
+          "needs; delete the folder data/ of the workdir and start again")
     if task.data == LABELS:
         return _with_empty(stream.documents, lambda index, rng: labelled(stream, data.length, index))
     if task.data == PAIRS:

@@ -15,7 +15,6 @@ import gzip
 import hashlib
 import importlib
 import importlib.util
-import json
 import os
 import re
 import zlib
@@ -23,9 +22,16 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from moejax.bounded import parse_json
 from moejax.config import UserError, check
 
 CHUNK_BYTES = 1 << 20
+MOST_BYTES = 1 << 30
+"""Of one document, record or line, so that a file without an end of line does not fill the memory."""
+PACKED_BYTES = 1 << 10
+"""Bytes of a zstd file that are unpacked at a time; each may stand for 32 KiB."""
+UNPACKED, RATIO = 1 << 28, 250
+"""A file may unpack to so many bytes, and beyond them to so many times its own size: text packs much less."""
 LONE = re.compile("[\ud800-\udfff]")
 """Half of a surrogate pair, which is no text; Python also decodes bytes that are not UTF-8 to these, if it is to go on."""
 WHOLE_FILE = "text"
@@ -111,7 +117,10 @@ def field(record: Record, name: str, key: str) -> str:
 def files(source: str) -> list[Path]:
     """The files of a path, glob or `package:` spec, sorted. Raises UserError if there is none."""
     pattern = _package_pattern(source) if source.startswith("package:") else os.path.expanduser(source)
-    names = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
+    try:
+        names = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
+    except ValueError:  # a letter that no path has
+        names = []
     found = [Path(name) for name in names if os.path.isfile(name)]
     if not found and os.path.isdir(pattern):
         raise UserError(f"{source!r} is a folder; name its files, for example {os.path.join(source, '**', '*.txt')}")
@@ -136,7 +145,7 @@ def digest(text: str) -> str:
 
 def _package_pattern(source: str) -> str:
     name, _, pattern = source.removeprefix("package:").partition("/")
-    check(bool(name and pattern), f"{source!r} must have the form package:NAME/GLOB")
+    check(bool(pattern) and name.isidentifier(), f"{source!r} must have the form package:NAME/GLOB")
     try:
         spec = importlib.util.find_spec(name)
     except (ImportError, ValueError):
@@ -151,19 +160,19 @@ def _from_files(paths: Iterable[Path]) -> Iterator[Record]:
     for path in paths:
         plain = path.with_suffix("") if path.suffix in (".gz", ".zst") else path
         if plain.suffix == ".jsonl":
-            for number, line in enumerate(_lines(_chunks(path)), 1):
+            for number, line in enumerate(_lines(path), 1):
                 if line.strip():
                     yield _object(line, f"{path}, line {number}")
         elif plain.suffix in (".csv", ".tsv"):
             yield from _from_table(path, "," if plain.suffix == ".csv" else "\t")
         else:
-            yield Record(str(path), {WHOLE_FILE: b"".join(_chunks(path))}, whole=True)
+            yield Record(str(path), {WHOLE_FILE: _joined(_chunks(path), str(path))}, whole=True)
 
 
 def _from_table(path: Path, delimiter: str) -> Iterator[Record]:
     """The rows of a file whose first row names the fields. A tab-separated file has no quotes."""
-    csv.field_size_limit(1 << 30)
-    lines = (line.decode("utf-8", "surrogateescape").rstrip("\r") + "\n" for line in _lines(_chunks(path)))
+    csv.field_size_limit(MOST_BYTES)
+    lines = (line.decode("utf-8", "surrogateescape").rstrip("\r") + "\n" for line in _lines(path))
     rows = csv.reader(lines, delimiter=delimiter, quoting=csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE)
     names: list[str] | None = None
     try:
@@ -186,9 +195,12 @@ def _chunks(path: Path) -> Iterator[bytes]:
     """The unpacked bytes of a file in pieces."""
     try:
         if path.suffix == ".zst":
-            yield from _unpack_zstd(path)
+            yield from _no_bomb(path, _unpack_zstd(path))
+        elif path.suffix == ".gz":
+            with gzip.open(path, "rb") as file:
+                yield from _no_bomb(path, iter(functools.partial(file.read, CHUNK_BYTES), b""))
         else:
-            with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            with open(path, "rb") as file:
                 yield from iter(functools.partial(file.read, CHUNK_BYTES), b"")
     except (gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise UserError(f"{path}: not a whole gzip file ({error}); make or download it again") from error
@@ -203,7 +215,7 @@ def _unpack_zstd(path: Path) -> Iterator[bytes]:
     frame = None
     try:
         with open(path, "rb") as file:
-            for data in iter(functools.partial(file.read, CHUNK_BYTES), b""):
+            for data in iter(functools.partial(file.read, PACKED_BYTES), b""):
                 while data:
                     frame = zstandard.ZstdDecompressor().decompressobj() if frame is None or frame.eof else frame
                     yield frame.decompress(data)
@@ -213,13 +225,41 @@ def _unpack_zstd(path: Path) -> Iterator[bytes]:
     check(frame is None or frame.eof, f"{path}: the zstd file is cut short; make or download it again")
 
 
-def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    tail = b""
+def _no_bomb(path: Path, chunks: Iterable[bytes]) -> Iterator[bytes]:
+    """The chunks. Raises `UserError` if there are many times as many bytes as in the file."""
+    total, most = 0, max(UNPACKED, RATIO * path.stat().st_size)
     for chunk in chunks:
-        *lines, tail = (tail + chunk).split(b"\n")
-        yield from lines
-    if tail:
-        yield tail
+        total += len(chunk)
+        check(total <= most, f"{path}: unpacks to more than {RATIO} times its size, which text does not; unpack it "
+              "yourself if it is what you want")
+        yield chunk
+
+
+def _joined(pieces: Iterable[bytes], where: str) -> bytes:
+    """All pieces in one. Raises `UserError` if they are too many bytes."""
+    held, size = [], 0
+    for piece in pieces:
+        held.append(piece)
+        size += len(piece)
+        check(size <= MOST_BYTES, f"{where}: more than {MOST_BYTES:,} bytes in one piece; split it into documents, one a "
+              "line of a .jsonl file, or one a file")
+    return b"".join(held)
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    """The lines of a file. Raises `UserError` if one is too long."""
+    tail, size, number = [], 0, 1
+    for chunk in _chunks(path):
+        first, *lines = chunk.split(b"\n")
+        tail.append(first)
+        size += len(first)
+        check(size <= MOST_BYTES, f"{path}, line {number}: longer than {MOST_BYTES:,} bytes; split it")
+        if lines:
+            yield b"".join(tail)
+            yield from lines[:-1]
+            tail, size, number = [lines[-1]], len(lines[-1]), number + len(lines)
+    if size:
+        yield b"".join(tail)
 
 
 def _broken(text: str) -> bool:
@@ -237,9 +277,10 @@ def _decode(data: bytes, where: str) -> str:
 def _object(line: bytes, where: str) -> Record:
     """One jsonl line."""
     try:
-        found = json.loads(_decode(line.removeprefix(b"\xef\xbb\xbf"), where))
-    except json.JSONDecodeError as error:
-        return Record(where, {}, f"not JSON ({error.msg}); a .jsonl file holds one JSON object a line")
+        found = parse_json(_decode(line.removeprefix(b"\xef\xbb\xbf"), where))
+    except ValueError as error:
+        reason = getattr(error, "msg", error)
+        return Record(where, {}, f"not JSON ({reason}); a .jsonl file holds one JSON object a line")
     except UserError as error:
         return Record(where, {}, str(error).removeprefix(f"{where}: "))
     return Record(where, found if isinstance(found, dict) else {})

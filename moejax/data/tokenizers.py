@@ -4,6 +4,7 @@ The three classes have the same fields and methods. `separator_id` is the one sp
 every document; `encode` never yields it, whatever the text says.
 """
 
+import contextlib
 import dataclasses
 import heapq
 import io
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from moejax.bounded import parse_json, read_file
 from moejax.config import UserError, check, nearest
 from moejax.data import sources
 
@@ -123,17 +125,20 @@ class HuggingFaceTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without special tokens."""
-        return self.backend.encode(text, add_special_tokens=False).ids
+        return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each text."""
-        return [encoding.ids for encoding in self.backend.encode_batch(list(texts), add_special_tokens=False)]
+        return self._ids(texts, add_special_tokens=False)
 
     def frame_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, with the special tokens that the tokenizer puts around it, or the separator before it."""
-        plain = self.encode_batch(texts)
-        framed = [encoding.ids for encoding in self.backend.encode_batch(list(texts), add_special_tokens=True)]
+        plain, framed = self.encode_batch(texts), self._ids(texts, add_special_tokens=True)
         return [[self.separator_id, *ids] if ids == whole else whole for ids, whole in zip(plain, framed)]
+
+    def _ids(self, texts: Sequence[str], **how: bool) -> list[list[int]]:
+        with _as_user_error(f"{self.name}: this tokenizer cannot encode the text"):
+            return [encoding.ids for encoding in self.backend.encode_batch(list(texts), **how)]
 
     def named(self, names: Sequence[str]) -> list[int | None]:
         """Ids of special tokens; None where there is no such token."""
@@ -145,7 +150,8 @@ class HuggingFaceTokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids. Separators and unknown ids are dropped."""
-        return self.backend.decode(_known(self, ids), skip_special_tokens=False)
+        with _as_user_error(f"{self.name}: this tokenizer cannot decode"):
+            return self.backend.decode(_known(self, ids), skip_special_tokens=False)
 
     def save(self, folder: Path) -> None:
         """Writes what `load_tokenizer` reads."""
@@ -190,7 +196,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     """
     marker = folder / "tokenizer_config.json"
     try:
-        kind = json.loads(marker.read_text(encoding="utf-8"))["kind"]
+        kind = parse_json(read_file(marker))["kind"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{marker}: missing or broken; delete the folder and give the training command again") from error
     if kind == "bytes":
@@ -238,6 +244,17 @@ def _from_file(path: Path) -> Tokenizer:
     return _hugging_face(path) if path.suffix == ".json" else _sentencepiece(_read(path), str(path))
 
 
+@contextlib.contextmanager
+def _as_user_error(what: str) -> Iterator[None]:
+    """Turns what the `tokenizers` package raises into `UserError`: nothing more precise, and panics of Rust."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
+        raise
+    except BaseException as error:
+        raise UserError(f"{what} ({error}); make or download the file again") from error
+
+
 def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
@@ -251,7 +268,9 @@ def _sentencepiece(proto: bytes, where: str) -> SentencePieceTokenizer:
     try:
         # An empty model loads without complaint and then answers 0 to everything.
         processor = sentencepiece.SentencePieceProcessor(model_proto=proto) if proto else None
-    except RuntimeError:
+        if processor is not None:
+            processor.id_to_piece(list(range(processor.get_piece_size())))  # raises unless all of them are UTF-8
+    except (RuntimeError, ValueError):
         processor = None
     check(processor is not None and processor.get_piece_size() > 0,
           f"{where}: not a SentencePiece model; make or download it again")
@@ -268,12 +287,9 @@ def _sentencepiece(proto: bytes, where: str) -> SentencePieceTokenizer:
 def _hugging_face(path: Path) -> HuggingFaceTokenizer:
     import tokenizers
 
-    try:
-        backend = tokenizers.Tokenizer.from_buffer(_read(path))
-    except UserError:
-        raise
-    except Exception as error:  # the package raises nothing more precise
-        raise UserError(f"{path}: not a tokenizer.json ({error}); make or download it again") from error
+    content = _read(path)
+    with _as_user_error(f"{path}: not a tokenizer.json"):
+        backend = tokenizers.Tokenizer.from_buffer(content)
     backend.no_truncation()
     backend.no_padding()
     backend.encode_special_tokens = True  # "<s>" in a text is three letters, not a separator
@@ -287,7 +303,7 @@ def _hugging_face(path: Path) -> HuggingFaceTokenizer:
 def _named(path: Path, role: str) -> tuple[str, ...]:
     """The special token of that role in the tokenizer_config.json beside a tokenizer.json, if there is one."""
     try:
-        token = json.loads((path.parent / "tokenizer_config.json").read_text(encoding="utf-8")).get(role)
+        token = parse_json(read_file(path.parent / "tokenizer_config.json")).get(role)
     except (OSError, ValueError, AttributeError):
         return ()
     token = token.get("content") if isinstance(token, dict) else token

@@ -19,6 +19,8 @@ from moejax.generation import cache
 from moejax.generation.begin import begin
 from moejax.models.transformer import Source, Transformer, split_layers
 
+MOST_BEAMS = 4096
+
 
 class Found(NamedTuple):
     """The best text of each row.
@@ -51,7 +53,7 @@ def beam_search(model: Transformer, params: Mapping[str, Any], tokens: Any, mask
     Raises:
       UserError: as `generate`, or a setting out of range.
     """
-    check(1 <= beams, f"beams={beams} must be at least 1")
+    check(1 <= beams <= MOST_BEAMS, f"beams={beams} must be at least 1 and at most {MOST_BEAMS}")
     check(0 <= length_penalty < float("inf"), f"length_penalty={length_penalty} must be at least 0")
     begun = begin(model, tokens, mask, max_new_tokens, stop_tokens, decoder_tokens)
     found = _search(begun.model, params, begun.source, begun.tokens_BL, begun.mask_BL, begun.stop_V, float(length_penalty),

@@ -76,7 +76,8 @@ def generate(model: Transformer, params: Mapping[str, Any], tokens: Any, mask: A
     check(0 < repetition_penalty < math.inf, f"repetition_penalty={repetition_penalty} must be above 0 (1 is off)")
     begun = begin(model, tokens, mask, max_new_tokens, stop_tokens, decoder_tokens)
     digests_B2 = prompts.pad_to(sampling.row_digests(begun.said, seed), (len(begun.tokens_BL), 2))
-    settings = Settings(float(temperature), int(top_k), float(top_p), float(repetition_penalty))
+    top_k = min(int(top_k), model.model.vocab_size)  # which is all, and a number that the device has
+    settings = Settings(float(temperature), top_k, float(top_p), float(repetition_penalty))
     new_BN, lengths_B = decode(begun.model, params, begun.source, begun.tokens_BL, begun.mask_BL, digests_B2, begun.stop_V,
                                settings, int(max_new_tokens), slots=begun.slots, prefix=prefix)
     return Generated(np.asarray(new_BN)[:begun.rows, :max_new_tokens], np.asarray(lengths_B)[:begun.rows])

@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any, Sequence
 
-from moejax.config import MoEConfig, build_group, check, nearest, read_object
+from moejax.bounded import read_object
+from moejax.config import MoEConfig, build_group, check, nearest
 from moejax.exit_status import exit_status
 
 USAGE = """

@@ -8,7 +8,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from moejax.config import UserError, check, read_object
+from moejax.bounded import read_object
+from moejax.config import UserError, check
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

@@ -7,6 +7,10 @@ from moejax.hf.tensors import Tensor
 
 REQUIRED = object()
 
+BLOCKS, MOST_BLOCKS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers"), 10_000
+"""Options that count blocks, for each of which families make something, and the most that there may be."""
+MOST = 2**53
+"""The largest of other whole numbers."""
 WITHOUT_EFFECT = frozenset("""
     _name_or_path architectures attention_dropout attn_pdrop auto_map bos_token_id classifier_dropout decoder_start_token_id
     dtype embd_pdrop emb_pdrop eod_token_id eos_token_id ep_size hidden_dropout_prob id2label initializer_factor
@@ -29,7 +33,10 @@ class Options:
         """An option. Raises `UserError` if it is missing and has no default."""
         self.taken.add(name)
         check(name in self.values or default is not REQUIRED, f"{self.where}: option {name!r} is missing")
-        return self.values.get(name, default)
+        value, most = self.values.get(name, default), MOST_BLOCKS if name in BLOCKS else MOST
+        check(type(value) is not int or abs(value) <= most, f"{self.where}: option {name!r} must be at most {most}; the "
+              "file is damaged")
+        return value
 
     def only(self, name: str, *supported: Any, default: Any = REQUIRED) -> None:
         """Takes an option of which only some values are supported."""

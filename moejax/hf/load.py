@@ -1,6 +1,7 @@
 """From a folder of an open checkpoint to a model and its parameters."""
 
 from functools import lru_cache, partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, Mapping, Sequence
 
@@ -13,7 +14,8 @@ from tqdm import tqdm
 
 from moejax import config as config_lib
 from moejax import sharding
-from moejax.config import Config, UserError, check, read_object
+from moejax.bounded import read_object
+from moejax.config import Config, UserError, check
 from moejax.evaluation.load import abstract_variables
 from moejax.hf import tensors
 from moejax.hf.disk import Files
@@ -23,6 +25,8 @@ from moejax.models import stacks, transformer
 from moejax.sharding import flat
 
 DEFAULT_LENGTH = 256
+MOST_LINES = 1 << 18
+"""Of a table; those of the largest open models have 70,000. A damaged config.json may ask for any number."""
 
 
 def from_hf(folder: str | Path, mesh: Mesh | None = None, *, dtype: str = "float32", progress: bool = False
@@ -72,11 +76,11 @@ def interpret(family: Family, options: Options, dtype: str = "float32") -> Confi
     """Options of a family as a resolved config. Raises `UserError` on what is not implemented."""
     try:
         settings = family.read(options)
-    except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        length = min(DEFAULT_LENGTH, settings["model"]["max_length"])
+    except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError, ZeroDivisionError) as error:
         raise UserError(f"{options.where}: an option has a value that it cannot have ({error})") from None
     options.finish()
     settings["model"]["architecture"] |= {"family": family.name or family.model_type}
-    length = min(DEFAULT_LENGTH, settings["model"]["max_length"])
     try:
         return transformer.resolve(config_lib.build(
             {"moe": {"every": 0}, **settings, "data": {"length": length}, "train": {"dtype": dtype}}))
@@ -116,7 +120,7 @@ def read_variables(folder: Path, family: Family, model: transformer.Transformer,
 
 def choose_table(family: Family, model: transformer.Transformer, files: Files) -> dict[str, list[tensors.Tensor]]:
     """The table of the layout of which fewer names are missing."""
-    tables = [tensors.by_disk(family.tensors(model.model, model.moe, other)) for other in (False, True)]
+    tables = [tensors.by_disk(islice(family.tensors(model.model, model.moe, other), MOST_LINES)) for other in (False, True)]
     return min(tables, key=lambda table: len(missing_of(files, table)))
 
 

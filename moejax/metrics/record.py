@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from moejax.bounded import parse_json, writing
 from moejax.moe.types import ExpertLoad, LayerRecord
 
 
@@ -79,9 +80,11 @@ class Recorder:
         # thread, which ends at the first error, and then the run waits for it for ever.
         from tensorboardX.event_file_writer import EventsWriter
         self._path = workdir / "metrics.jsonl"
-        (workdir / "tensorboard").mkdir(exist_ok=True)
-        self._events = EventsWriter(str(workdir / "tensorboard" / "events"), f".{time.time_ns()}")
-        self._end_last_line()
+        with writing(workdir / "tensorboard"):
+            (workdir / "tensorboard").mkdir(exist_ok=True)
+            self._events = EventsWriter(str(workdir / "tensorboard" / "events"), f".{time.time_ns()}")
+        with writing(self._path):
+            self._end_last_line()
 
     def _end_last_line(self) -> None:
         """A killed run may leave half a line; start on a new one."""
@@ -171,8 +174,8 @@ def read(workdir: Path) -> list[dict[str, Any]]:
 def _parsed(line: bytes) -> dict[str, Any] | None:
     """The record of a line; None if the line is torn or of another origin."""
     try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
+        record = parse_json(line)
+    except ValueError:
         return None
     whole = isinstance(record, dict) and isinstance(record.get("step"), int) and isinstance(record.get("split"), str)
     return record if whole else None

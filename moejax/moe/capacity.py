@@ -22,6 +22,12 @@ def places(mask_T: Array, factor: float, groups: int, num_experts: int, per_toke
     tokens_G = jnp.sum(mask_T.reshape(groups, -1), axis=1)
     # In whole numbers: rounding of a float would add a place where factor * pairs / E is one.
     share = Fraction(str(factor)) * Fraction(str(per_token)) / num_experts
+    largest = 2**31 - 1
+    most = largest // max(mask_T.size // groups, 1)  # more would be more places than there can be pairs
+    share = min(share, Fraction(most))
+    if share.numerator > most or share.denominator > largest:  # the nearest of which the products are int32
+        nearest = share.limit_denominator(max(int(most // (share + 1)), 1))
+        share = max(nearest, Fraction(1, largest)) if share else share
     return -(-tokens_G * share.numerator // share.denominator)
 
 

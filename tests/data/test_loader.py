@@ -8,7 +8,7 @@ from hypothesis import strategies
 from moejax.config import UserError, build
 from moejax.data.loader import eval_batches, train_loader
 from moejax.data.packing import KEYS
-from moejax.data.prepare import TokenStream
+from moejax.data.prepared import TokenStream
 from moejax.data.rows import Rows, make_rows
 from moejax.data.tokenizers import ByteTokenizer
 

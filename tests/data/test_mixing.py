@@ -10,7 +10,8 @@ from hypothesis import strategies
 from moejax.config import UserError, build, default
 from moejax.data.loader import eval_batches, train_loader
 from moejax.data.mixing import MixtureLoader, Position, draw, open_loader, rows_of_tasks
-from moejax.data.prepare import load_prepared, prepare
+from moejax.data.prepare import prepare
+from moejax.data.prepared import load_prepared
 from moejax.data.rows import Rows, make_rows
 from moejax.mixture import parts
 from moejax.models import transformer

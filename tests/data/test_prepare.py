@@ -12,7 +12,8 @@ import tokenizers
 from moejax.config import UserError, build
 from moejax.data import baselines
 from moejax.data import prepare as module
-from moejax.data.prepare import load_prepared, prepare
+from moejax.data.prepare import prepare
+from moejax.data.prepared import load_prepared
 
 TEXTS = [f"document {n}: " + "word " * (n % 7) + "é" * (n % 3) for n in range(90)]
 TEXTS += TEXTS[:30]  # copies

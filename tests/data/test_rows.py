@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from moejax.config import UserError, build
-from moejax.data.prepare import TokenStream
+from moejax.data.prepared import TokenStream
 from moejax.data.rows import Layout, denoised, make_rows, masked, pair, with_prefix
 from moejax.data.specials import special_ids
 from moejax.data.tokenizers import ByteTokenizer

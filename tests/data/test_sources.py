@@ -8,6 +8,7 @@ import pytest
 import zstandard
 
 from moejax.config import UserError
+from moejax.data import sources
 from moejax.data.sources import digest, documents, files, identity
 
 TEXTS = ["first line\nsecond\r\n", "  \ttwo\n\n", "Grüße, 世界 \U0001f600 \u2028 \u2581", "x" * 3_000_000 + "é"]
@@ -124,3 +125,53 @@ def test_tfds_gives_the_package_files(tmp_path, monkeypatch):
                               ("tfds:no_such_set", "text", "no such data set")]:
         with pytest.raises(UserError, match=said):
             list(documents(source, key))
+
+
+@pytest.mark.parametrize("suffix", (".gz", ".zst"))
+@pytest.mark.parametrize("name, piece", (("a.txt", b"\0"), ("a.jsonl", b"\n"), ("b.jsonl", b'{"text": "again"}\n')))
+def test_archives_that_unpack_to_many_times_their_size_are_refused(tmp_path, monkeypatch, suffix, name, piece):
+    monkeypatch.setattr(sources, "UNPACKED", 1 << 18)
+    path = tmp_path / f"{name}{suffix}"
+    path.write_bytes(PACK[suffix](piece * (6_000_000 // len(piece))))
+    assert path.stat().st_size * sources.RATIO < 6_000_000
+    with pytest.raises(UserError, match=rf"{path.name}: unpacks to more than 250 times its size"):
+        list(documents(str(path), "text"))
+    path.write_bytes(PACK[suffix](piece * 1000 + b'{"text": "whole"}\n'))
+    assert list(documents(str(path), "text"))
+
+
+def test_a_zstd_file_is_unpacked_in_pieces_that_fit(tmp_path):
+    """A frame of blocks that each repeat one byte: 4 bytes of the file are 128 KiB."""
+    path = tmp_path / "a.txt.zst"
+    path.write_bytes(zstandard.compress(bytes(400 << 20)))
+    sizes = [len(chunk) for chunk in sources._unpack_zstd(path)]
+    assert sum(sizes) == 400 << 20 and max(sizes) <= 32 << 20
+
+
+def test_what_would_fill_the_memory_is_refused_with_its_place(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "MOST_BYTES", 3_000_000)
+    (tmp_path / "a.txt").write_bytes(b"a" * 3_000_001)
+    (tmp_path / "b.jsonl").write_bytes(b'{"text": "a"}\n\n{"text": "' + b"a" * 3_000_000 + b'"}\n')
+    (tmp_path / "c.csv").write_bytes(b'text,n\n1,2\n"' + b"a\n" * 1_600_000 + b'",3\n')
+    for name, said in (("a.txt", "a.txt: more than 3,000,000 bytes"), ("b.jsonl", "b.jsonl, line 3: longer than 3,000,000"),
+                       ("c.csv", "c.csv, line .*field larger than field limit")):
+        with pytest.raises(UserError, match=said):
+            list(documents(str(tmp_path / name), "text"))
+    (tmp_path / "a.txt").write_bytes(b"a" * 3_000_000)
+    assert len(next(documents(str(tmp_path / "a.txt"), "text"))) == 3_000_000
+
+
+@pytest.mark.parametrize("line, said", (("[" * 100_000, "nested too"), ('{"a": ' * 101 + "1" + "}" * 101, "nested too"),
+                                        ('{"text": "a", "n": ' + "9" * 5000 + "}", "Exceeds the limit")))
+def test_json_that_python_cannot_hold_names_its_line(tmp_path, line, said):
+    (tmp_path / "a.jsonl").write_text(f'{{"text": "a"}}\n{line}\n{{"text": "b"}}\n')
+    found = documents(str(tmp_path / "a.jsonl"), "text")
+    assert next(found) == "a"
+    with pytest.raises(UserError, match=rf"a\.jsonl, line 2: not JSON \(.*{said}"):
+        next(found)
+
+
+@pytest.mark.parametrize("source", ("a\0b", "a\0*/b*", "\ud800*/b", "package:json/\0*/x"))
+def test_a_name_that_no_file_can_have_is_not_found(source):
+    with pytest.raises(UserError, match="no file matches"):
+        files(source)

@@ -159,3 +159,33 @@ def test_a_damaged_folder_is_named(made, tmp_path):
     (tmp_path / "tokenizer_config.json").write_text('{"kind": "sentencepiece"}')
     with pytest.raises(UserError, match="tokenizer.model: the tokenizer file cannot be read"):
         load_tokenizer(tmp_path)
+
+
+def test_a_sentencepiece_model_with_pieces_that_are_no_text_is_refused(tmp_path):
+    processor = make_tokenizer("sentencepiece", 320, CORPUS, tmp_path).processor
+    pieces = processor.id_to_piece(list(range(processor.get_piece_size())))
+    piece = next(piece for piece in pieces if piece.isascii() and piece.isalpha() and len(piece) > 1)
+    content = (tmp_path / "tokenizer.model").read_bytes()
+    place = content.index(bytes([len(piece)]) + piece.encode()) + 1
+    (tmp_path / "tokenizer.model").write_bytes(content[:place] + b"\xff" + content[place + 1:])
+    with pytest.raises(UserError, match="tokenizer.model: not a SentencePiece model"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_that_cannot_encode_a_text_says_so(tmp_path):
+    """Of words, without one for those that it does not know."""
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<s>": 0, "known": 1}, unk_token="[UNK]"))
+    backend.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "made").mkdir()
+    made = make_tokenizer(str(tmp_path / "tokenizer.json"), 300, (), tmp_path / "made")
+    assert made.encode("known") == [1] and made.frame_batch(["known"]) == [[0, 1]]
+    for use in (made.encode, lambda text: made.frame_batch([text])):
+        with pytest.raises(UserError, match=r"tokenizer\.json: this tokenizer cannot encode the text \("):
+            use("unknown")
+
+
+@pytest.mark.parametrize("content", ("", "[]", "3", "[" * 100_000, "{}"))
+def test_the_file_that_says_which_tokenizer_it_is_may_be_damaged(tmp_path, content):
+    (tmp_path / "tokenizer_config.json").write_text(content)
+    with pytest.raises(UserError, match=r"tokenizer_config\.json: missing or broken"):
+        load_tokenizer(tmp_path)

@@ -78,6 +78,18 @@ def test_options_that_are_not_implemented_are_named(options, message, tmp_path):
         read_config(changed(tmp_path, config=options))
 
 
+@pytest.mark.parametrize("options, message", [
+    ({"num_hidden_layers": 10**9}, "option 'num_hidden_layers' must be at most 10000; the file is damaged"),
+    ({"vocab_size": 10**400}, "option 'vocab_size' must be at most"),
+    ({"num_experts_per_tok": 2**32}, "config.moe.experts_per_token=4294967296 must be at most"),
+    ({"max_position_embeddings": {}}, "an option has a value that it cannot have"),
+    ({"num_local_experts": 1 << 20}, r"tensor .* is missing \(\d+ in all\)"),
+    ({"num_local_experts": 1 << 21}, "config.moe.num_experts=2097152 must be at most")])
+def test_numbers_that_no_model_has_are_refused_before_anything_is_made_of_them(options, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        from_hf(changed(tmp_path, config=options))
+
+
 def test_an_option_without_a_default_is_named_if_it_is_missing(tmp_path):
     folder = changed(tmp_path)
     options = json.loads((folder / "config.json").read_text())

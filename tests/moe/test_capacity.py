@@ -1,5 +1,6 @@
 """Laws of capacity: how much room there is, who gets it, and what becomes of the others."""
 
+from fractions import Fraction
 from functools import partial
 
 import hypothesis
@@ -181,3 +182,11 @@ def test_a_dropped_pair_adds_nothing_and_kept_and_dropped_make_all_pairs(policy,
     np.testing.assert_array_equal(all_record.load.received_E, all_record.load.assigned_E)
     for part in ("losses", "statistics"):
         jax.tree.map(np.testing.assert_array_equal, getattr(record, part), getattr(all_record, part))
+
+
+@pytest.mark.parametrize("factor", (0.0, 1e-320, 1e-9, 0.7, 1.25, 1.23456789, 3.00000001, 2.0**31, 1e30, 1e308))
+@pytest.mark.parametrize("tokens", (1, 7, 70_000))
+def test_places_of_any_factor_are_as_many_as_whole_numbers_say_or_all(factor, tokens):
+    found = int(capacity.places(jnp.ones(tokens, bool), factor, 1, 8, 2)[0])
+    exact = -(-tokens * Fraction(str(factor)) * 2 // 8)
+    assert min(found, 2 * tokens) == pytest.approx(min(exact, 2 * tokens), abs=1 if tokens > 7 else 0)

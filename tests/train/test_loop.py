@@ -11,7 +11,7 @@ from tiny import positions_of
 import moejax
 from moejax import config as config_lib
 from moejax.checkpoint import read_config
-from moejax.data.prepare import load_prepared
+from moejax.data.prepared import load_prepared
 from moejax.metrics import record
 from moejax.models import transformer
 from moejax.sharding import flat

@@ -33,7 +33,7 @@ def get_config():
     c = config.default()
     c.model.update(dict(vocab_size=257, layers=1, embed=16, heads=4, kv_heads=4, head_dim=4, ffn=16))
     c.moe.every = 0
-    c.data.update(dict(source="t.txt", eval_source="t.txt", tokenizer="bytes", length=16, batch_size=8))
+    c.data.update(dict(source="t.txt", eval_source="e.txt", tokenizer="bytes", length=16, batch_size=8))
     c.train.update(dict(steps=2, sample_prompt=""))
     return c
 """
@@ -104,6 +104,7 @@ def test_a_step_that_cannot_fit_ends_the_run_before_it_and_keeps_the_data(tmp_pa
     monkeypatch.chdir(tmp_path)
     (tmp_path / "c.py").write_text(SMALL)
     (tmp_path / "t.txt").write_text("some words\n" * 99)
+    (tmp_path / "e.txt").write_text("other words\n" * 99)
     free = iter((10**9, 10**3))
     monkeypatch.setattr(memory, "free", lambda mesh: next(free))
     assert main(["main", "--config=c.py", "--workdir=w"]) == 1

@@ -8,7 +8,7 @@ import optax
 import pytest
 from tiny import tiny_config, tiny_functions, tiny_model
 
-from moejax.data.prepare import TokenStream
+from moejax.data.prepared import TokenStream
 from moejax.data.rows import make_rows
 from moejax.data.tokenizers import ByteTokenizer
 from moejax.moe.routing import ROUTERS

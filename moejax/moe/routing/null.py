@@ -25,9 +25,9 @@ from moejax.moe.types import RouterOutput, RoutingContext
 class Options:
     """Options of routers with special experts."""
 
-    zero: int = key(0, "experts that give 0", low=0)
-    copy: int = key(0, "experts that give their input", low=0)
-    constant: int = key(0, "experts that give a learned mixture of their input and a learned vector", low=0)
+    zero: int = key(0, "experts that give 0", low=0, high=1 << 20)
+    copy: int = key(0, "experts that give their input", low=0, high=1 << 20)
+    constant: int = key(0, "experts that give a learned mixture of their input and a learned vector", low=0, high=1 << 20)
     tau: float = key(1.0, "factor of special experts in the load-balancing loss; below 1 they get more tokens", low=0.01)
     expected: float = key(0.0, "real experts a token takes on average, to which the bias leads; 0 is K E / (E + Z)", low=0)
     gating_residual: bool = key(False, "add a learned map of the logits of the sparse layer before")

@@ -29,7 +29,7 @@ class Options:
 
     rate: float = key(1.0, "weight of the new quantile in the moving average that is the bias; 1 has no memory", low=0,
                       high=1)
-    bins: int = key(4096, "bins of the histogram of margins from which quantiles are read", low=1)
+    bins: int = key(4096, "bins of the histogram of margins from which quantiles are read", low=1, high=1 << 20)
 
 
 def initial_state(config: MoEConfig, vocab_size: int) -> dict[str, Array]:

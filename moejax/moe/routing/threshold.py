@@ -26,7 +26,7 @@ class Options:
     """Options of expert threshold routing."""
 
     decay: float = key(0.99, "weight of the past in the moving average of the cutoffs", low=0, high=0.9999)
-    bins: int = key(4096, "bins of the histogram of scores from which quantiles are read", low=1)
+    bins: int = key(4096, "bins of the histogram of scores from which quantiles are read", low=1, high=1 << 20)
 
 
 def initial_state(config: MoEConfig, vocab_size: int) -> dict[str, Array]:
