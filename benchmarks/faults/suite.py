@@ -5,7 +5,7 @@
 Survived means: the command that began the run goes on with it, and what comes out is bit for bit the run that met no fault
 (on another mesh: the same batches, losses within 1e-5); damage is found or lies in nothing that is read; what ends the run
 says why. Exit status 1 if anything else happened. The short form takes minutes, --long is that of the table in
-docs/checkpoints.md.
+docs/checkpoints.md. It needs what `pip install -e ".[test]"` installs, and Linux.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.faults import checkpoints, full_disk, kills, numbers, scene, several, signals
+from benchmarks.faults import checkpoints, full_disk, fuzz, kills, numbers, scene, several, signals
 
 TOPOLOGIES = (
     ((1, 8, "data=8"), (1, 4, "data=4"), (1, 1, "data=1")),
@@ -45,12 +45,13 @@ class Times:
     writers: int
     topologies: tuple
     processes: int
+    inputs: int
 
 
 SHORT = Times(kills=4, aimed=1, flips=10, truncations=4, deletions=4, manifests=4, writers=1, topologies=(BOTH,),
-              processes=2)
+              processes=2, inputs=522)
 LONG = Times(kills=50, aimed=3, flips=40, truncations=10, deletions=8, manifests=10, writers=2, topologies=TOPOLOGIES,
-             processes=4)
+             processes=4, inputs=2000)
 
 
 def faults(straight: Path, times: Times, seed: int) -> dict[str, Callable[[], scene.Row]]:
@@ -76,7 +77,21 @@ def faults(straight: Path, times: Times, seed: int) -> dict[str, Callable[[], sc
     found["numbers: never finite"] = partial(numbers.never_finite, straight)
     for number, topologies in enumerate(times.topologies):
         found[f"topology {number}"] = partial(several.change_topology, straight, topologies, f"topology{number}")
-    return found | {"writers": partial(several.two_writers, straight, times.writers)}
+    found["writers"] = partial(several.two_writers, straight, times.writers)
+    shares = sum(reader.share for reader in fuzz.READERS.values())
+    for kind, reader in fuzz.READERS.items():
+        count = max(1, round(times.inputs * reader.share / shares))
+        found[f"fuzz: {kind}"] = partial(fuzzed, straight, kind, count, seed)
+    return found
+
+
+def fuzzed(straight: Path, kind: str, inputs: int, seed: int) -> scene.Row:
+    """Input of a kind that was made to be wrong; see `fuzz`."""
+    folder = straight.with_name(f"fuzz_{kind.replace(' ', '_')}")
+    folder.mkdir()
+    result = fuzz.feed(kind, inputs, seed, folder)
+    return scene.Row(f"input: {kind}", result.inputs, result.inputs - result.failures,
+                     "nothing: taken, or refused in one line", tuple(result.wrong[:3]))
 
 
 def run(folder: Path, times: Times, seed: int = 0, only: str = "") -> Iterator[scene.Row]:
@@ -98,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--long", action="store_true", help="many faults of each kind, on four processes")
     parser.add_argument("--only", default="", metavar="WORD", help="faults whose name has it: kills, signals, damage, "
-                        "processes, disk, numbers, topology, writers")
+                        "processes, disk, numbers, topology, writers, fuzz")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and places")
     parser.add_argument("--folder", type=Path, help="a new one, which stays; else one that goes")
     parser.add_argument("--json", type=Path, help="a file for the table")
