@@ -244,6 +244,7 @@ def test_processes_feed_what_their_devices_hold_and_agree(here):
     assert errors == ("", "", "not found", "")
 
 
+@pytest.mark.slow  # test_fault_suite.py stops a job by a signal and goes on with another number of processes
 def test_a_signal_to_one_process_stops_both_and_one_goes_on(here):
     """From one process to two, past a damaged checkpoint, and from two to one."""
     flags = ("--config=c.py", "--config.mesh.data=1", "--config.mesh.expert=4", "--config.mesh.model=2")

@@ -101,9 +101,10 @@ def without_speed(records: list[dict]) -> list[dict]:
     return [{name: value for name, value in record.items() if name not in timed} for record in records]
 
 
+@pytest.mark.slow  # test_fault_suite.py kills and continues runs, too
 @pytest.mark.parametrize("overrides", (
     ("--config.data.tokenizer=bytes",),
-    pytest.param(("--config.train.microbatches=2", "--config.optimizer.name=muon"), marks=pytest.mark.slow),
+    ("--config.train.microbatches=2", "--config.optimizer.name=muon"),
 ), ids=("bytes", "sentencepiece_microbatches_muon"))
 def test_interrupted_killed_and_continued_equals_straight(tmp_path, overrides):
     rng = np.random.default_rng(0)

@@ -88,6 +88,7 @@ def get_config():
 """
 
 
+@pytest.mark.slow  # test_fault_suite.py has a run none of whose batches are finite
 def test_a_run_that_diverges_ends_and_its_step_can_be_done_again(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "c.py").write_text(CONFIG)
