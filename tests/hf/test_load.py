@@ -229,6 +229,49 @@ def test_the_command_line_imports_and_exports(tmp_path, capsys):
     assert options["eos_token_id"] == 2 and options["torch_dtype"] == "bfloat16"
 
 
+def with_tokenizer(folder):
+    """Gives a checkpoint of 44 ids a tokenizer.json, of which every id is a word."""
+    import tokenizers
+    words = {"<s>": 0, **{f"w{i}": i for i in range(1, 44)}}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w1"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    backend.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def test_an_imported_model_writes_to_where_its_config_ends_a_text(tmp_path, capfd):
+    """Not only to the token that separates documents; the ending itself is no text."""
+    source, run = with_tokenizer(changed(tmp_path, "llama", {"eos_token_id": None})), tmp_path / "run"
+    assert main(["import", str(source), str(run)]) == 0
+    capfd.readouterr()
+
+    def told():
+        assert command_line(["moejax", f"--workdir={run}", "--mode=generate", "--prompt=w5 w6", "--max_new_tokens=4",
+                             "--temperature=0"]) == 0
+        return capfd.readouterr().out.removeprefix("w5 w6").split()
+
+    whole = told()
+    assert len(whole) == 4
+    options = json.loads((run / "hf" / "config.json").read_text())
+    (run / "hf" / "config.json").write_text(json.dumps(options | {"eos_token_id": [43, int(whole[2][1:])]}))
+    assert told() == whole[:whole.index(whole[2])]
+
+
+def test_a_model_without_a_tokenizer_says_so(tmp_path, capfd):
+    assert main(["import", str(GOLDEN / "llama"), str(tmp_path / "run")]) == 0
+    assert "put one there and import again" in capfd.readouterr().out
+    assert command_line(["moejax", f"--workdir={tmp_path}/run", "--mode=generate", "--prompt=w5"]) == 2
+    assert "has no tokenizer; put a tokenizer.json" in capfd.readouterr().err
+
+
+def test_a_broken_tokenizer_is_found_before_tensors_are_read(tmp_path, capfd):
+    source = changed(tmp_path, "llama")
+    (source / "tokenizer.json").write_text("{}")
+    assert main(["import", str(source), str(tmp_path / "run")]) == 2
+    error = capfd.readouterr().err
+    assert "not a tokenizer.json" in error and error.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("arguments, message", [
     (["import", "nowhere", "run"], "nowhere: no such folder"),
     (["import", "source", "source"], "nothing is overwritten"),
