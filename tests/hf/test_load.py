@@ -66,6 +66,8 @@ def test_tensors_that_are_not_as_they_should_be_are_named(edit, message, tmp_pat
      r"rope_parameters\.beta=3\.0"),
     ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0}}, "factor is missing"),
     ({"rope_parameters": {"rope_type": "default"}}, "option 'rope_theta' is missing"),
+    ({"rope_parameters": None, "rope_theta": None}, "option rope_theta=None is no number"),
+    ({"rope_parameters": "yarn"}, "options rope_parameters and rope_scaling must be objects"),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not implemented for this family"),
     ({"layer_types": ["sliding_attention", "full_attention"]}, "layer_types=.* is not implemented for this family"),
     ({"hidden_size": "many"}, "config.json: "),
@@ -210,6 +212,28 @@ def test_a_model_that_a_family_cannot_express_is_refused(tmp_path):
     (tmp_path / "full" / "file").touch()
     with pytest.raises(UserError, match="nothing is overwritten"):
         moejax.to_hf(model, params, tmp_path / "full")
+
+
+def test_values_that_the_type_on_disk_cannot_hold_are_refused_by_name(tmp_path):
+    """float16 ends at 65,504; and what is not finite is written by no type."""
+    model, params = from_hf(GOLDEN / "llama")
+    scale = params["params"]["final_norm"]["scale"]
+    for value, dtype, message in ((1e5, "float16", "as float16; write it as bfloat16"),
+                                  (np.inf, "float32", "has diverged")):
+        own = {**params["params"], "final_norm": {"scale": scale.at[3].set(value)}}
+        with pytest.raises(UserError, match=f"tensor model.norm.weight holds values that are not finite.*{message}"):
+            moejax.to_hf(model, params | {"params": own}, tmp_path / dtype, dtype=dtype, shard_bytes=5000)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_types_on_disk_are_read_as_the_numbers_that_they_hold(dtype, tmp_path):
+    """The golden values are such that bfloat16 holds them; float16 rounds some."""
+    model, params = from_hf(GOLDEN / "mixtral")
+    moejax.to_hf(model, params, tmp_path / "out", dtype=dtype)
+    again = from_hf(tmp_path / "out")[1]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0 if dtype == "bfloat16" else 2**-11, atol=1e-7),
+                 params, again)
 
 
 def test_the_command_line_imports_and_exports(tmp_path, capsys):
