@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any, Sequence
 
@@ -56,7 +57,7 @@ def import_checkpoint(source: Path, workdir: Path, dtype: str) -> None:
 
 def export_checkpoint(workdir: Path, target: Path, family: str | None, dtype: str | None, step: int | None) -> None:
     """Writes a checkpoint of a workdir for other libraries, or nothing. Raises `UserError` as `to_hf` does."""
-    from moejax.checkpoint.made import built_beside, check_free, find_tokenizer
+    from moejax.checkpoint.made import check_free, find_tokenizer
     from moejax.checkpoint.origin import copy_tokenizer, origin_of, shares_tokenizer
     check_free(target)
     from moejax.evaluation.load import load
@@ -72,10 +73,8 @@ def export_checkpoint(workdir: Path, target: Path, family: str | None, dtype: st
     if original is not None and (original / "config.json").is_file():
         options = read_object(original / "config.json", "check its permissions", "restore it, or delete it")
     stored = options.get("dtype") or options.get("torch_dtype")
-    with built_beside(target) as part:
-        to_hf(model, variables, part, family=family, dtype=dtype or (stored if stored in DTYPES else "float32"),
-              options=extra(options, family or model.model.architecture.family, shared))
-        copy_tokenizer(workdir, part)
+    to_hf(model, variables, target, family=family, dtype=dtype or (stored if stored in DTYPES else "float32"),
+          options=extra(options, family or model.model.architecture.family, shared), more=partial(copy_tokenizer, workdir))
     print(f"{target}: config.json, *.safetensors" + (", tokenizer" if find_tokenizer(target) else ""))
 
 

@@ -70,7 +70,11 @@ class Files:
 
 
 def write(folder: Path, tensors: Mapping[str, Callable[[], np.ndarray]], shard_bytes: int = SHARD_BYTES) -> None:
-    """Writes tensors (name -> function that makes the array) in files of at most `shard_bytes`; several get an index."""
+    """Writes tensors (name -> function that makes the array) in files of at most `shard_bytes`; several get an index.
+
+    Raises:
+      OSError: the folder cannot be written.
+    """
     held: dict[str, np.ndarray] = {}
     parts, held_bytes, total = [], 0, 0
     for name, make in tensors.items():
@@ -94,5 +98,8 @@ def write(folder: Path, tensors: Mapping[str, Callable[[], np.ndarray]], shard_b
 
 def _write_part(folder: Path, number: int, tensors: dict[str, np.ndarray]) -> tuple[Path, list[str]]:
     path = folder / f".part-{number}.safetensors"
-    save_file(tensors, path, metadata={"format": "pt"})
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # which is all that it says of a full disk
+        raise OSError(0, str(error)) from None
     return path, list(tensors)

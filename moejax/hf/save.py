@@ -4,7 +4,7 @@ import json
 import math
 from functools import partial
 from pathlib import Path
-from typing import Any, Mapping, Sequence
+from typing import Any, Callable, Mapping, Sequence
 
 import ml_dtypes
 import numpy as np
@@ -24,7 +24,8 @@ DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.f
 
 
 def to_hf(model: transformer.Transformer, params: Mapping[str, Any], folder: str | Path, *, family: str | None = None,
-          dtype: str = "float32", options: Mapping[str, Any] | None = None, shard_bytes: int = disk.SHARD_BYTES) -> None:
+          dtype: str = "float32", options: Mapping[str, Any] | None = None, shard_bytes: int = disk.SHARD_BYTES,
+          more: Callable[[Path], None] | None = None) -> None:
     """Writes config.json and *.safetensors, or nothing.
 
     Args:
@@ -35,10 +36,11 @@ def to_hf(model: transformer.Transformer, params: Mapping[str, Any], folder: str
       dtype: of the tensors: float32, bfloat16 or float16.
       options: more options of config.json, such as ids of special tokens; those of the model itself win.
       shard_bytes: of a file, at most.
+      more: writes other files into the folder, such as a tokenizer's.
 
     Raises:
       UserError: a model that the family cannot express, an unknown family or dtype, values that are not finite in it, or a
-        folder with something in it.
+        folder with something in it, or that cannot be written.
     """
     folder, name = Path(folder), family or model.model.architecture.family
     check(name in FAMILIES, f"family={name!r} must be one of {', '.join(FAMILIES)}")
@@ -65,6 +67,8 @@ def to_hf(model: transformer.Transformer, params: Mapping[str, Any], folder: str
         disk.write(part, {name: partial(gather, lines, variables, places, DTYPES[dtype]) for name, lines in table.items()},
                    shard_bytes)
         (part / "config.json").write_text(json.dumps(written, indent=2) + "\n")
+        if more is not None:
+            more(part)
 
 
 COMPUTED = ("experts_per_token", "num_experts", "latent_divisor", "shared_experts", "shared_gate", "score", "renormalize",

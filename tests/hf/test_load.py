@@ -1,6 +1,7 @@
 """Reading and writing checkpoints: what is refused, where arrays go, and the command line."""
 
 import json
+import resource
 import shutil
 from pathlib import Path
 
@@ -223,6 +224,18 @@ def test_values_that_the_type_on_disk_cannot_hold_are_refused_by_name(tmp_path):
         own = {**params["params"], "final_norm": {"scale": scale.at[3].set(value)}}
         with pytest.raises(UserError, match=f"tensor model.norm.weight holds values that are not finite.*{message}"):
             moejax.to_hf(model, params | {"params": own}, tmp_path / dtype, dtype=dtype, shard_bytes=5000)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_one_line_and_nothing_is_written(tmp_path):
+    model, params = from_hf(GOLDEN / "llama")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(UserError, match="out: cannot be written .*File too large"):
+            moejax.to_hf(model, params, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert not list(tmp_path.iterdir())
 
 
