@@ -32,7 +32,9 @@ class Files:
             for name in names:
                 check(Path(name).name == name, f"{folder / INDEX}: names {name!r}, which is not a file of the folder")
         else:
-            names = sorted(path.name for path in folder.glob("*.safetensors"))
+            # Beside the model's own file there may be others: adapters, gradients, the same in another layout.
+            single = [SINGLE] if (folder / SINGLE).exists() else []
+            names = single or sorted(path.name for path in folder.glob("*.safetensors"))
             check(bool(names), f"{folder}: holds no *.safetensors; other formats (.bin, .pt) can run code when they are "
                   "read and are not supported: save the model with safetensors first")
         self.file_of: dict[str, str] = {}

@@ -106,6 +106,18 @@ def test_an_index_may_not_name_files_elsewhere(tmp_path):
         from_hf(folder)
 
 
+def test_other_files_beside_the_models_are_not_its_tensors(tmp_path):
+    """As transformers reads a folder: the index, or model.safetensors, or what there is."""
+    folder = changed(tmp_path, "llama")
+    save_file({"lm_head.weight": np.full((44, 24), np.nan, np.float32)}, folder / "adapter_model.safetensors")
+    jax.tree.map(np.testing.assert_array_equal, from_hf(folder)[1], from_hf(GOLDEN / "llama")[1])
+    (folder / "model.safetensors").rename(folder / "weights.safetensors")
+    with pytest.raises(UserError, match="lm_head.weight is in both adapter_model.safetensors and weights.safetensors"):
+        from_hf(folder)
+    (folder / "adapter_model.safetensors").unlink()
+    jax.tree.map(np.testing.assert_array_equal, from_hf(folder)[1], from_hf(GOLDEN / "llama")[1])
+
+
 @pytest.mark.parametrize("content", [b"", b"\x00" * 8, b"\xff" * 100, b'{"a": 1}'])
 def test_a_damaged_file_is_named(content, tmp_path):
     folder = changed(tmp_path)
@@ -172,6 +184,15 @@ def test_what_experts_that_copy_have_on_disk_may_be_missing_or_anything_of_the_r
 def test_options_of_longcat_that_are_not_implemented_are_named(options, message, tmp_path):
     with pytest.raises(UserError, match=message):
         read_config(changed(tmp_path, "longcat_flash", config=options))
+
+
+@pytest.mark.parametrize("name, options", [
+    ("llama", {"is_llama_config": True, "rope_interleaved": False, "transformers.js_config": {"dtype": "q4"}}),
+    ("llama", {"max_sequence_length": 2048}), ("qwen2", {"use_mrope": False}),
+    ("dots1", {"scoring_func": "noaux_tc", "use_sliding_window": False}),
+    ("ernie4_5_moe", {"moe_capacity": [64, 64, 64], "moe_gate": "topk", "moe_use_aux_free": True})])
+def test_options_of_files_that_transformers_does_not_read_change_nothing(name, options, tmp_path):
+    assert read_config(changed(tmp_path, name, config=options))[1] == read_config(GOLDEN / name)[1]
 
 
 @pytest.mark.parametrize("options, message", [
