@@ -69,7 +69,8 @@ def read_rope(options: Options, max_length: int, base: Any = REQUIRED, fraction:
     check(all(isinstance(values, dict) for values in given), f"{options.where}: options rope_parameters and rope_scaling "
           "must be objects")
     newer, older = map(dict, given)
-    base = newer.pop("rope_theta", None) or options.take("rope_theta", base)
+    said = newer.pop("rope_theta", None), older.pop("rope_theta", None)
+    base = said[0] or said[1] or options.take("rope_theta", base)
     rotated = newer.pop("partial_rotary_factor", None) or options.take("partial_rotary_factor", fraction)
     options.taken |= {"rope_theta", "partial_rotary_factor"}
     check(isinstance(base, int | float), f"{options.where}: option rope_theta={base!r} is no number")

@@ -90,13 +90,17 @@ def test_an_option_without_a_default_is_named_if_it_is_missing(tmp_path):
         read_config(folder)
 
 
-def test_older_spellings_of_the_rotary_embedding_are_the_same(tmp_path):
-    folder = changed(tmp_path, "deepseek_v3")
+@pytest.mark.parametrize("name, spell", [
+    ("deepseek_v3", lambda base, rope: {"rope_theta": base, "rope_scaling": {"type": rope.pop("rope_type"), **rope}}),
+    ("gpt_oss", lambda base, rope: {"rope_theta": base, "rope_scaling": {"rope_theta": base, **rope}}),
+    ("deepseek_v3", lambda base, rope: {"rope_scaling": {"rope_theta": base, **rope}}),
+    ("dbrx", lambda base, rope: {"rope_theta": base, "rope_scaling": None})])
+def test_older_spellings_of_the_rotary_embedding_are_the_same(name, spell, tmp_path):
+    folder = changed(tmp_path, name)
     options = json.loads((folder / "config.json").read_text())
     rope = options.pop("rope_parameters")
-    options |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": {"type": rope.pop("rope_type"), **rope}}
-    (folder / "config.json").write_text(json.dumps(options))
-    assert read_config(folder)[1] == read_config(GOLDEN / "deepseek_v3")[1]
+    (folder / "config.json").write_text(json.dumps(options | spell(rope.pop("rope_theta"), rope)))
+    assert read_config(folder)[1] == read_config(GOLDEN / name)[1]
 
 
 def test_an_index_may_not_name_files_elsewhere(tmp_path):
