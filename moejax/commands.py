@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from moejax import processes, sharding
 from moejax.checkpoint.lock import one_writer
+from moejax.checkpoint.origin import end_tokens, origin_of
 from moejax.checkpoint.workdir import check_continues, read_config, unchanged_on_user_error
 from moejax.config import Config, UserError, check, to_dict
 from moejax.data.baselines import unigram_bits_per_byte, xz_bits_per_byte
@@ -184,7 +185,11 @@ def generate(config: Config | None, workdir: Path, step: int | None, prompts: Se
     with processes.same_fate():
         config = config_of_run(config, workdir)
         own = part(config, task)
+        check((workdir / "data" / "tokenizer_config.json").is_file() or origin_of(workdir) is None,
+              f"--workdir={workdir}: has no tokenizer; put a tokenizer.json or a SentencePiece model beside the checkpoint "
+              "and import it again, or give token ids to moejax.generate")
         tokenizer = load_tokenizer(workdir / "data")
+        ends = end_tokens(workdir, config.model.vocab_size)
         if jax.process_count() == 1:
             model, variables = load(workdir, step)
             model, mesh = model.clone(moe=config.moe), None
@@ -193,7 +198,7 @@ def generate(config: Config | None, workdir: Path, step: int | None, prompts: Se
             model, mesh = setup.model, setup.mesh
             variables = load_sharded(workdir, mesh, step).items["model"]
         model, variables = for_task(model, variables, number(config, task))
-        texts = continuations(model, variables, mesh, tokenizer, own, prompts, **options)
+        texts = continuations(model, variables, mesh, tokenizer, own, prompts, ends=ends, **options)
     for prompt, text in zip(prompts, texts):
         say(text if answers(own.data.task) else prompt + text)
 
@@ -285,14 +290,18 @@ def continuations(model: Any, variables: Any, mesh: Mesh | None, tokenizer: Any,
 
 
 def written(model: Any, variables: Any, mesh: Mesh | None, tokenizer: Any, config: Config, encoded: list[list[int]],
-            **options: Any) -> list[str]:
-    """What the model writes after rows of tokens; arguments are those of `continuations`."""
+            ends: tuple[int, ...] = (), **options: Any) -> list[str]:
+    """What the model writes after rows of tokens; arguments are those of `continuations`.
+
+    `ends` are tokens beside the separator with which it may end, and which are no text.
+    """
     task = config.data.task
     prefix = model.model.kind == "decoder" and task.objective != "next_token"
     with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
         generated = (beam_search if "beams" in options else generate_tokens)(
-            model, variables, encoded, stop_tokens=(tokenizer.separator_id,), prefix=prefix, **options)
-    new = [row[:n].tolist() for row, n in zip(generated.tokens, generated.lengths)]
+            model, variables, encoded, stop_tokens=(tokenizer.separator_id, *ends), prefix=prefix, **options)
+    new = [[token for token in row[:n].tolist() if token not in ends] for row, n in zip(
+        generated.tokens, generated.lengths)]
     if answers(task):
         return [tokenizer.decode(row) for row in new]
     return [added_text(tokenizer, ids[1:], row) for ids, row in zip(encoded, new)]

@@ -62,7 +62,7 @@ MAY_IMPORT = {
     "hf": {"sharding", "models", "moe.routing", "evaluation", "checkpoint", "data"},
     "commands": {"processes", "sharding", "checkpoint", "data", "evaluation", "generation", "metrics", "models", "train"},
     "compress": {"checkpoint", "data", "evaluation", "models", "train"},
-    "harness": {"data", "evaluation", "generation", "models"},
+    "harness": {"checkpoint", "data", "evaluation", "generation", "models"},
     "main": {"allocator", "commands", "peers", "processes"},
     "moejax": {"evaluation", "generation", "hf"},
 }

@@ -92,8 +92,10 @@ class SentencePieceTokenizer:
         return [token for n, part in enumerate(parts) for token in (*(self.meta_ids if n else ()), *part)]
 
     def frame_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, with the special tokens that one text has: the separator before it."""
-        return [[self.separator_id, *ids] for ids in self.encode_batch(texts)]
+        """Token ids of each text, with the special tokens that one text has: the separator before it, or behind it in
+        models that only know an end, as T5's."""
+        ends = self.processor.bos_id() < 0
+        return [[*ids, self.separator_id] if ends else [self.separator_id, *ids] for ids in self.encode_batch(texts)]
 
     def named(self, names: Sequence[str]) -> list[int | None]:
         """Ids of special tokens; None where there is no such token."""

@@ -18,6 +18,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
+from moejax.checkpoint.origin import end_tokens
 from moejax.config import check
 from moejax.data.tokenizers import added_text, load_tokenizer
 from moejax.evaluation.load import load
@@ -58,12 +59,13 @@ class HarnessModel(TemplateLM):
               "for continuations, which are what decoders are made for")
         check_decodable(self.model)
         self.tokenizer = load_tokenizer(Path(workdir) / "data")
+        self.ends = end_tokens(Path(workdir), self.model.model.vocab_size)
         self.rows = int(batch_size) if str(batch_size).isdecimal() else ROWS
         self.room = min(max_length or self.model.model.max_length, self.model.model.max_length)
 
     @property
     def eot_token_id(self) -> int:
-        """The separator, which stands before every text and ends an answer."""
+        """The separator, which stands before every text and ends an answer; of an imported model other tokens do, too."""
         return self.tokenizer.separator_id
 
     @property
@@ -120,10 +122,10 @@ class HarnessModel(TemplateLM):
             for part in self._batches([len(prompts[n]) for n in members], "writing", disable_tqdm):
                 chosen = [members[m] for m in part]
                 made = generate(self.model, self.variables, [prompts[n] for n in chosen], max_new_tokens=new,
-                                stop_tokens=(self.eot_token_id,), **settings)
+                                stop_tokens=(self.eot_token_id, *self.ends), **settings)
                 for n, row, length in zip(chosen, made.tokens, made.lengths):
-                    texts[n] = _until(added_text(self.tokenizer, prompts[n], row[:length].tolist()),
-                                      asked[n][1].get("until"))
+                    new_ids = [token for token in row[:length].tolist() if token not in self.ends]
+                    texts[n] = _until(added_text(self.tokenizer, prompts[n], new_ids), asked[n][1].get("until"))
                     self.cache_hook.add_partial("generate_until", requests[n].args, texts[n])
         return texts
 

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any, Sequence
 
@@ -41,23 +42,24 @@ def import_checkpoint(source: Path, workdir: Path, dtype: str) -> None:
     family, config = read_config(source, dtype)
     tokenizer = find_tokenizer(source)
     with built_beside(workdir) as part:
+        if tokenizer is not None:  # before the tensors, which take long to read
+            (part / "data").mkdir()
+            make_tokenizer(str(tokenizer), config.model.vocab_size, (), part / "data")
         variables = read_variables(source, family, transformer.build(config), None, progress=True)
         (part / ORIGINAL).mkdir()
         copy_present(source, part / ORIGINAL, ("config.json", *TOKENIZER_FILES))
-        if tokenizer is not None:
-            (part / "data").mkdir()
-            make_tokenizer(str(tokenizer), config.model.vocab_size, (), part / "data")
         save_model(part, workdir, config, variables)
     print(f"{family.model_type}: {count(variables):,} parameters; {workdir}/config.json, checkpoints/ (step 0), "
           f"{ORIGINAL}/" + (", data/ (tokenizer)" if tokenizer else ""))
     if tokenizer is None:
-        print(f"{source} has neither tokenizer.json nor a SentencePiece model; to generate or train on text, set "
-              "--config.data.tokenizer to one")
+        print(f"{source} has neither tokenizer.json nor a SentencePiece model; to train on text, set "
+              "--config.data.tokenizer to one; to generate, put one there and import again")
 
 
 def export_checkpoint(workdir: Path, target: Path, family: str | None, dtype: str | None, step: int | None) -> None:
     """Writes a checkpoint of a workdir for other libraries, or nothing. Raises `UserError` as `to_hf` does."""
-    from moejax.checkpoint.made import ORIGINAL, TOKENIZER_FILES, built_beside, check_free, copy_present, find_tokenizer
+    from moejax.checkpoint.made import check_free, find_tokenizer
+    from moejax.checkpoint.origin import copy_tokenizer, origin_of, shares_tokenizer
     check_free(target)
     from moejax.evaluation.load import load
     from moejax.hf.families import FAMILIES
@@ -67,15 +69,13 @@ def export_checkpoint(workdir: Path, target: Path, family: str | None, dtype: st
     model, variables = load(workdir, step)
     check(bool(family or model.model.architecture.family), f"{workdir}: not an imported model; say what it should become "
           f"with --family, one of {', '.join(FAMILIES)}")
-    original = workdir / ORIGINAL
-    options = {}
-    if (original / "config.json").is_file():
+    original, options = origin_of(workdir), {}
+    shared = original is not None and shares_tokenizer(workdir, original)
+    if original is not None and (original / "config.json").is_file():
         options = read_object(original / "config.json", "check its permissions", "restore it, or delete it")
     stored = options.get("dtype") or options.get("torch_dtype")
-    with built_beside(target) as part:
-        to_hf(model, variables, part, family=family, dtype=dtype or (stored if stored in DTYPES else "float32"),
-              options=extra(options, family or model.model.architecture.family))
-        copy_present(original, part, TOKENIZER_FILES)
+    to_hf(model, variables, target, family=family, dtype=dtype or (stored if stored in DTYPES else "float32"),
+          options=extra(options, family or model.model.architecture.family, shared), more=partial(copy_tokenizer, workdir))
     print(f"{target}: config.json, *.safetensors" + (", tokenizer" if find_tokenizer(target) else ""))
 
 
@@ -102,12 +102,19 @@ def upcycle_workdir(workdir: Path, new: Path, changes: dict[str, Any], how: dict
           f"became {count(upcycled):,}")
 
 
-def extra(options: dict[str, Any], family: str) -> dict[str, Any]:
-    """Options of the original config.json that say nothing of the model's computation."""
+def extra(options: dict[str, Any], family: str, shared: bool) -> dict[str, Any]:
+    """Options of the original config.json that say nothing of the model's computation.
+
+    Ids of special tokens go with the tokenizer (`shared`), into another family too; the rest stays with its family.
+    """
     from moejax.hf.families import FAMILIES
     from moejax.hf.family import WITHOUT_EFFECT
-    return {name: value for name, value in options.items() if name in WITHOUT_EFFECT} if (
-        options.get("model_type") == FAMILIES[family].model_type) else {}
+    same = options.get("model_type") == FAMILIES[family].model_type
+    return {name: value for name, value in options.items() if name in WITHOUT_EFFECT and (
+        shared if name in SPECIAL else same and (shared or not name.endswith("token_id")))}
+
+
+SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def main(arguments: Sequence[str]) -> int:

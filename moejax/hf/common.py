@@ -65,11 +65,15 @@ def write_model(model: ModelConfig, *, sizes: Mapping[str, str] = SIZES, ffn: st
 
 def read_rope(options: Options, max_length: int, base: Any = REQUIRED, fraction: Any = 1.0) -> tuple[float, dict[str, Any]]:
     """Base and fields of `Rope`, from either spelling (rope_parameters, or rope_theta and rope_scaling)."""
-    newer = dict(options.take("rope_parameters", None) or {})
-    older = dict(options.take("rope_scaling", None) or {})
-    base = newer.pop("rope_theta", None) or options.take("rope_theta", base)
+    given = [options.take(name, None) or {} for name in ("rope_parameters", "rope_scaling")]
+    check(all(isinstance(values, dict) for values in given), f"{options.where}: options rope_parameters and rope_scaling "
+          "must be objects")
+    newer, older = map(dict, given)
+    said = newer.pop("rope_theta", None), older.pop("rope_theta", None)
+    base = said[0] or said[1] or options.take("rope_theta", base)
     rotated = newer.pop("partial_rotary_factor", None) or options.take("partial_rotary_factor", fraction)
     options.taken |= {"rope_theta", "partial_rotary_factor"}
+    check(isinstance(base, int | float), f"{options.where}: option rope_theta={base!r} is no number")
     check(fraction != 1.0 or rotated == 1.0,
           f"{options.where}: option partial_rotary_factor={rotated} is not implemented for this family")
     given = older or newer

@@ -35,8 +35,10 @@ def tensors(model: ModelConfig, moe: MoEConfig, other: bool) -> Iterator[Tensor]
 def read(options: Options) -> dict[str, Any]:
     """See `Family.read`."""
     attention, ffn = (Options(options.take(group), f"{options.where}: {group}") for group in ("attn_config", "ffn_config"))
-    base, rope = common.read_rope(Options({"rope_theta": attention.take("rope_theta", 10_000.0),
-                                           "rope_parameters": options.take("rope_parameters", None)}, options.where), 0)
+    inner = attention.take("rope_theta", 10_000.0)
+    base = options.take("rope_theta", None) or inner
+    base, rope = common.read_rope(Options({"rope_theta": base} | {
+        name: options.take(name, None) for name in ("rope_parameters", "rope_scaling")}, options.where), 0)
     model = {ours: options.take(theirs) for theirs, ours in SIZES.items()}
     options.take("num_key_value_heads", None)
     clip = attention.take("clip_qkv", None)

@@ -122,9 +122,9 @@ def write_v2(model: ModelConfig, moe: MoEConfig) -> dict[str, Any]:
         "topk_group": moe.options.kept_groups if groups > 1 else None, "aux_loss_alpha": moe.balance_weight}
 
 
-def read_v3_router(options: Options) -> dict[str, Any]:
-    """Sigmoid scores, a bias on the choice, groups by their two largest scores."""
-    options.only("scoring_func", "sigmoid")
+def read_v3_router(options: Options, *names: str) -> dict[str, Any]:
+    """Sigmoid scores, which `names` may call otherwise, a bias on the choice, groups by their two largest scores."""
+    options.only("scoring_func", "sigmoid", *names)
     options.only("topk_method", "noaux_tc")
     return read_experts(options) | {
         "router": "deepseek_v3", "renormalize": options.take("norm_topk_prob"), "bias_rate": 0.001,
@@ -153,9 +153,10 @@ def read_dots1(options: Options) -> dict[str, Any]:
     """V3's layers with Qwen3's attention."""
     model = common.read_model(options) | {"qk_norm": True}
     first = options.take("max_window_layers", 62)
+    options.only("use_sliding_window", False)
     model["architecture"] |= common.read_attention_bias(options) | common.read_windows(
         options, model["layers"], window=4096, slides=lambda i: i >= first, mixed=True)
-    return {"model": model, "moe": read_v3_router(options)}
+    return {"model": model, "moe": read_v3_router(options, "noaux_tc")}
 
 
 def write_dots1(model: ModelConfig, moe: MoEConfig) -> dict[str, Any]:

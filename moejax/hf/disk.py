@@ -33,7 +33,9 @@ class Files:
             for name in names:
                 check(Path(name).name == name, f"{folder / INDEX}: names {name!r}, which is not a file of the folder")
         else:
-            names = sorted(path.name for path in folder.glob("*.safetensors"))
+            # Beside the model's own file there may be others: adapters, gradients, the same in another layout.
+            single = [SINGLE] if (folder / SINGLE).exists() else []
+            names = single or sorted(path.name for path in folder.glob("*.safetensors"))
             check(bool(names), f"{folder}: holds no *.safetensors; other formats (.bin, .pt) can run code when they are "
                   "read and are not supported: save the model with safetensors first")
         self.file_of: dict[str, str] = {}
@@ -71,7 +73,11 @@ class Files:
 
 
 def write(folder: Path, tensors: Mapping[str, Callable[[], np.ndarray]], shard_bytes: int = SHARD_BYTES) -> None:
-    """Writes tensors (name -> function that makes the array) in files of at most `shard_bytes`; several get an index."""
+    """Writes tensors (name -> function that makes the array) in files of at most `shard_bytes`; several get an index.
+
+    Raises:
+      OSError: the folder cannot be written.
+    """
     held: dict[str, np.ndarray] = {}
     parts, held_bytes, total = [], 0, 0
     for name, make in tensors.items():
@@ -95,5 +101,8 @@ def write(folder: Path, tensors: Mapping[str, Callable[[], np.ndarray]], shard_b
 
 def _write_part(folder: Path, number: int, tensors: dict[str, np.ndarray]) -> tuple[Path, list[str]]:
     path = folder / f".part-{number}.safetensors"
-    save_file(tensors, path, metadata={"format": "pt"})
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # which is all that it says of a full disk
+        raise OSError(0, str(error)) from None
     return path, list(tensors)

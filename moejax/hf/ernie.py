@@ -36,6 +36,9 @@ def read(options: Options) -> dict[str, Any]:
     first, last = options.take("moe_layer_start_index", 1), options.take("moe_layer_end_index", -1)
     step, last = options.take("moe_layer_interval", 1), layers - 1 if last in (-1, None) else last
     options.only("moe_norm_min", 1e-12)
+    options.only("moe_gate", "topk")
+    options.only("moe_use_aux_free", True)
+    options.taken |= {"moe_capacity"}  # of the training that it comes from; transformers drops no token
     sparse = [i for i in range(layers) if (i + 1) % step == 0 and first <= i <= last]
     return {"model": model, "moe": common.read_experts(options, **EXPERTS) | {
         "router": "loss_free_softmax", "renormalize": True, "sparse_blocks": sparse,

@@ -19,6 +19,7 @@ WITHOUT_EFFECT = frozenset("""
     seq_aux summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj
     task_specific_params tokenizer_class torch_dtype transformers_version unk_token_id use_cache aux_loss_alpha
     attn_implementation initial_context_length attention_probs_dropout_prob dropout_rate gradient_checkpointing output_past
+    transformers.js_config
 """.split())
 """Options of config.json that change no logit: names, ids of special tokens, initialisation, dropout, what is returned."""
 

@@ -19,6 +19,8 @@ def tensors(model: ModelConfig, moe: MoEConfig, other: bool) -> Iterator[Tensor]
 def read_llama(options: Options) -> dict[str, Any]:
     """Biases on all projections, or none."""
     model = common.read_model(options, base=10_000.0)
+    options.only("rope_interleaved", False)
+    options.taken |= {"is_llama_config", "max_sequence_length"}  # which nothing reads
     model["architecture"] |= common.read_attention_bias(options) | {"ffn_bias": options.take("mlp_bias", False)}
     return {"model": model}
 
@@ -50,6 +52,7 @@ def late_windows(options: Options, layers: int) -> dict[str, Any]:
 def read_qwen2(options: Options) -> dict[str, Any]:
     """Biases on queries, keys and values; a window from some block on."""
     model = common.read_model(options)
+    options.only("use_mrope", False)
     model["architecture"] |= {"qkv_bias": True} | late_windows(options, model["layers"])
     return {"model": model}
 

@@ -4,12 +4,12 @@ import json
 import math
 from functools import partial
 from pathlib import Path
-from typing import Any, Mapping, Sequence
+from typing import Any, Callable, Mapping, Sequence
 
 import ml_dtypes
 import numpy as np
 
-from moejax.checkpoint.made import check_free
+from moejax.checkpoint.made import built_beside, check_free
 from moejax.config import ModelConfig, MoEConfig, UserError, check, flatten, to_dict
 from moejax.evaluation.load import abstract_variables
 from moejax.hf import disk, tensors
@@ -24,8 +24,9 @@ DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.f
 
 
 def to_hf(model: transformer.Transformer, params: Mapping[str, Any], folder: str | Path, *, family: str | None = None,
-          dtype: str = "float32", options: Mapping[str, Any] | None = None, shard_bytes: int = disk.SHARD_BYTES) -> None:
-    """Writes config.json and *.safetensors.
+          dtype: str = "float32", options: Mapping[str, Any] | None = None, shard_bytes: int = disk.SHARD_BYTES,
+          more: Callable[[Path], None] | None = None) -> None:
+    """Writes config.json and *.safetensors, or nothing.
 
     Args:
       model: the model.
@@ -35,9 +36,11 @@ def to_hf(model: transformer.Transformer, params: Mapping[str, Any], folder: str
       dtype: of the tensors: float32, bfloat16 or float16.
       options: more options of config.json, such as ids of special tokens; those of the model itself win.
       shard_bytes: of a file, at most.
+      more: writes other files into the folder, such as a tokenizer's.
 
     Raises:
-      UserError: a model that the family cannot express, an unknown family or dtype, or a folder with something in it.
+      UserError: a model that the family cannot express, an unknown family or dtype, values that are not finite in it, or a
+        folder with something in it, or that cannot be written.
     """
     folder, name = Path(folder), family or model.model.architecture.family
     check(name in FAMILIES, f"family={name!r} must be one of {', '.join(FAMILIES)}")
@@ -51,9 +54,6 @@ def to_hf(model: transformer.Transformer, params: Mapping[str, Any], folder: str
     left = set(shapes) - {tensors.locate(line, places)[0] for lines in table.values() for line in lines}
     check(not left, f"parameter {'/'.join(min(left, default=()))} has no place in a model of type {name}")
     variables = flat({"params": params["params"], "router": params["router"]})
-    folder.mkdir(parents=True, exist_ok=True)
-    disk.write(folder, {name: partial(gather, lines, variables, places, DTYPES[dtype]) for name, lines in table.items()},
-               shard_bytes)
     named = {"model_type": chosen.model_type, "architectures": [chosen.architecture], "torch_dtype": dtype}
     unknown = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))  # else defaults, which may be no ids at all
     written = {**unknown, **(options or {}), **values, **named}
@@ -63,7 +63,12 @@ def to_hf(model: transformer.Transformer, params: Mapping[str, Any], folder: str
     written.pop("dtype", None)
     if "rope_theta" in values:  # two spellings of one thing could contradict each other
         written.pop("rope_parameters", None)
-    (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n")
+    with built_beside(folder) as part:
+        disk.write(part, {name: partial(gather, lines, variables, places, DTYPES[dtype]) for name, lines in table.items()},
+                   shard_bytes)
+        (part / "config.json").write_text(json.dumps(written, indent=2) + "\n")
+        if more is not None:
+            more(part)
 
 
 COMPUTED = ("experts_per_token", "num_experts", "latent_divisor", "shared_experts", "shared_gate", "score", "renormalize",
@@ -111,7 +116,7 @@ def computed(model: ModelConfig, moe: MoEConfig) -> dict[str, Any]:
 
 def gather(lines: Sequence[tensors.Tensor], variables: Mapping[tuple[str, ...], Any],
            places: Sequence[tuple[str, str, int]], dtype: Any) -> np.ndarray:
-    """A tensor as it lies on disk, of the parameters of which it is made."""
+    """A tensor as it lies on disk, of the parameters of which it is made. Raises `UserError` if it is not finite there."""
     parts = []
     for line in sorted(lines, key=lambda line: line.part or (0, 0)):
         if line.unread is not None:
@@ -119,4 +124,10 @@ def gather(lines: Sequence[tensors.Tensor], variables: Mapping[tuple[str, ...], 
             continue
         path, index = tensors.locate(line, places)
         parts.append(tensors.to_disk(line, np.asarray(variables[path][tensors.slices(index)])))
-    return np.concatenate(parts, axis=lines[0].axis).astype(dtype)
+    whole = np.concatenate(parts, axis=lines[0].axis)
+    with np.errstate(over="ignore"):
+        made = whole.astype(dtype)
+    check(bool(np.isfinite(made).all()), f"tensor {lines[0].disk} holds values that are not finite"
+          + (f" as {np.dtype(dtype).name}; write it as bfloat16 or float32" if np.isfinite(whole).all() else
+             "; the model has diverged, take an earlier --step"))
+    return made

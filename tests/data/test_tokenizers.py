@@ -107,6 +107,8 @@ def test_foreign_sentencepiece_models_keep_their_way(tmp_path, ids, separator):
     texts = ["we report", " a\u2581b ", "states"]
     assert tokenizer.encode_batch(texts) == reference.encode(texts)
     assert tokenizer.decode([separator, *reference.encode("we report")]) == "we report"
+    plain = reference.encode("we report")  # which models without a beginning, such as T5's, end
+    assert tokenizer.frame_batch(["we report"]) == [[separator, *plain] if ids[0] >= 0 else [*plain, separator]]
 
 
 def with_special(path, folder, names, **config):

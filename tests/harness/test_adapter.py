@@ -89,6 +89,15 @@ def test_answers_are_those_of_generate_up_to_the_first_stop(adapter):
         whole[0][:whole[0].find(stop)]]
 
 
+def test_an_answer_of_an_imported_model_ends_as_its_config_says(adapter, monkeypatch):
+    options = {"until": [], "max_gen_toks": 7, "do_sample": False}
+    made = moejax.generate(adapter.model, adapter.variables, [[256, *b"one"]], max_new_tokens=7, stop_tokens=(256,))
+    new = made.tokens[0][:made.lengths[0]].tolist()
+    monkeypatch.setattr(adapter, "ends", (new[2],))
+    kept = new[:new.index(new[2])]
+    assert adapter.generate_until([request("one", options)], disable_tqdm=True) == [ByteTokenizer().decode(kept)]
+
+
 def test_a_local_task_runs_from_the_command_line(run, tmp_path, capsys, monkeypatch):
     pytest.importorskip("lm_eval", reason='needs pip install -e ".[lm-eval]"')
     (tmp_path / "data.jsonl").write_text(json.dumps(TEXT) + "\n" + json.dumps(TEXT | {"label": 1}) + "\n")

@@ -1,6 +1,7 @@
 """Reading and writing checkpoints: what is refused, where arrays go, and the command line."""
 
 import json
+import resource
 import shutil
 from pathlib import Path
 
@@ -66,6 +67,8 @@ def test_tensors_that_are_not_as_they_should_be_are_named(edit, message, tmp_pat
      r"rope_parameters\.beta=3\.0"),
     ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0}}, "factor is missing"),
     ({"rope_parameters": {"rope_type": "default"}}, "option 'rope_theta' is missing"),
+    ({"rope_parameters": None, "rope_theta": None}, "option rope_theta=None is no number"),
+    ({"rope_parameters": "yarn"}, "options rope_parameters and rope_scaling must be objects"),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not implemented for this family"),
     ({"layer_types": ["sliding_attention", "full_attention"]}, "layer_types=.* is not implemented for this family"),
     ({"hidden_size": "many"}, "config.json: "),
@@ -99,13 +102,17 @@ def test_an_option_without_a_default_is_named_if_it_is_missing(tmp_path):
         read_config(folder)
 
 
-def test_older_spellings_of_the_rotary_embedding_are_the_same(tmp_path):
-    folder = changed(tmp_path, "deepseek_v3")
+@pytest.mark.parametrize("name, spell", [
+    ("deepseek_v3", lambda base, rope: {"rope_theta": base, "rope_scaling": {"type": rope.pop("rope_type"), **rope}}),
+    ("gpt_oss", lambda base, rope: {"rope_theta": base, "rope_scaling": {"rope_theta": base, **rope}}),
+    ("deepseek_v3", lambda base, rope: {"rope_scaling": {"rope_theta": base, **rope}}),
+    ("dbrx", lambda base, rope: {"rope_theta": base, "rope_scaling": None})])
+def test_older_spellings_of_the_rotary_embedding_are_the_same(name, spell, tmp_path):
+    folder = changed(tmp_path, name)
     options = json.loads((folder / "config.json").read_text())
     rope = options.pop("rope_parameters")
-    options |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": {"type": rope.pop("rope_type"), **rope}}
-    (folder / "config.json").write_text(json.dumps(options))
-    assert read_config(folder)[1] == read_config(GOLDEN / "deepseek_v3")[1]
+    (folder / "config.json").write_text(json.dumps(options | spell(rope.pop("rope_theta"), rope)))
+    assert read_config(folder)[1] == read_config(GOLDEN / name)[1]
 
 
 def test_an_index_may_not_name_files_elsewhere(tmp_path):
@@ -113,6 +120,18 @@ def test_an_index_may_not_name_files_elsewhere(tmp_path):
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../model.safetensors"}}))
     with pytest.raises(UserError, match="which is not a file of the folder"):
         from_hf(folder)
+
+
+def test_other_files_beside_the_models_are_not_its_tensors(tmp_path):
+    """As transformers reads a folder: the index, or model.safetensors, or what there is."""
+    folder = changed(tmp_path, "llama")
+    save_file({"lm_head.weight": np.full((44, 24), np.nan, np.float32)}, folder / "adapter_model.safetensors")
+    jax.tree.map(np.testing.assert_array_equal, from_hf(folder)[1], from_hf(GOLDEN / "llama")[1])
+    (folder / "model.safetensors").rename(folder / "weights.safetensors")
+    with pytest.raises(UserError, match="lm_head.weight is in both adapter_model.safetensors and weights.safetensors"):
+        from_hf(folder)
+    (folder / "adapter_model.safetensors").unlink()
+    jax.tree.map(np.testing.assert_array_equal, from_hf(folder)[1], from_hf(GOLDEN / "llama")[1])
 
 
 @pytest.mark.parametrize("content", [b"", b"\x00" * 8, b"\xff" * 100, b'{"a": 1}'])
@@ -183,6 +202,15 @@ def test_options_of_longcat_that_are_not_implemented_are_named(options, message,
         read_config(changed(tmp_path, "longcat_flash", config=options))
 
 
+@pytest.mark.parametrize("name, options", [
+    ("llama", {"is_llama_config": True, "rope_interleaved": False, "transformers.js_config": {"dtype": "q4"}}),
+    ("llama", {"max_sequence_length": 2048}), ("qwen2", {"use_mrope": False}),
+    ("dots1", {"scoring_func": "noaux_tc", "use_sliding_window": False}),
+    ("ernie4_5_moe", {"moe_capacity": [64, 64, 64], "moe_gate": "topk", "moe_use_aux_free": True})])
+def test_options_of_files_that_transformers_does_not_read_change_nothing(name, options, tmp_path):
+    assert read_config(changed(tmp_path, name, config=options))[1] == read_config(GOLDEN / name)[1]
+
+
 @pytest.mark.parametrize("options, message", [
     ({"activation_function": "gelu"}, "activation_function='gelu' is not supported"),
     ({"num_attention_heads": 4}, "num_attention_heads=4 is not supported, only 6"),
@@ -224,6 +252,40 @@ def test_a_model_that_a_family_cannot_express_is_refused(tmp_path):
         moejax.to_hf(model, params, tmp_path / "full")
 
 
+def test_values_that_the_type_on_disk_cannot_hold_are_refused_by_name(tmp_path):
+    """float16 ends at 65,504; and what is not finite is written by no type."""
+    model, params = from_hf(GOLDEN / "llama")
+    scale = params["params"]["final_norm"]["scale"]
+    for value, dtype, message in ((1e5, "float16", "as float16; write it as bfloat16"),
+                                  (np.inf, "float32", "has diverged")):
+        own = {**params["params"], "final_norm": {"scale": scale.at[3].set(value)}}
+        with pytest.raises(UserError, match=f"tensor model.norm.weight holds values that are not finite.*{message}"):
+            moejax.to_hf(model, params | {"params": own}, tmp_path / dtype, dtype=dtype, shard_bytes=5000)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_one_line_and_nothing_is_written(tmp_path):
+    model, params = from_hf(GOLDEN / "llama")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(UserError, match="out: cannot be written .*File too large"):
+            moejax.to_hf(model, params, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_types_on_disk_are_read_as_the_numbers_that_they_hold(dtype, tmp_path):
+    """The golden values are such that bfloat16 holds them; float16 rounds some."""
+    model, params = from_hf(GOLDEN / "mixtral")
+    moejax.to_hf(model, params, tmp_path / "out", dtype=dtype)
+    again = from_hf(tmp_path / "out")[1]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0 if dtype == "bfloat16" else 2**-11, atol=1e-7),
+                 params, again)
+
+
 def test_the_command_line_imports_and_exports(tmp_path, capsys):
     source = changed(tmp_path, "qwen2_moe_square")
     assert main(["import", str(source), str(tmp_path / "run")]) == 0
@@ -239,6 +301,49 @@ def test_the_command_line_imports_and_exports(tmp_path, capsys):
     assert all(before[key].tobytes() == after[key].tobytes() for key in before)
     options = json.loads((tmp_path / "out" / "config.json").read_text())
     assert options["eos_token_id"] == 2 and options["torch_dtype"] == "bfloat16"
+
+
+def with_tokenizer(folder):
+    """Gives a checkpoint of 44 ids a tokenizer.json, of which every id is a word."""
+    import tokenizers
+    words = {"<s>": 0, **{f"w{i}": i for i in range(1, 44)}}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w1"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    backend.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def test_an_imported_model_writes_to_where_its_config_ends_a_text(tmp_path, capfd):
+    """Not only to the token that separates documents; the ending itself is no text."""
+    source, run = with_tokenizer(changed(tmp_path, "llama", {"eos_token_id": None})), tmp_path / "run"
+    assert main(["import", str(source), str(run)]) == 0
+    capfd.readouterr()
+
+    def told():
+        assert command_line(["moejax", f"--workdir={run}", "--mode=generate", "--prompt=w5 w6", "--max_new_tokens=4",
+                             "--temperature=0"]) == 0
+        return capfd.readouterr().out.removeprefix("w5 w6").split()
+
+    whole = told()
+    assert len(whole) == 4
+    options = json.loads((run / "hf" / "config.json").read_text())
+    (run / "hf" / "config.json").write_text(json.dumps(options | {"eos_token_id": [43, int(whole[2][1:])]}))
+    assert told() == whole[:whole.index(whole[2])]
+
+
+def test_a_model_without_a_tokenizer_says_so(tmp_path, capfd):
+    assert main(["import", str(GOLDEN / "llama"), str(tmp_path / "run")]) == 0
+    assert "put one there and import again" in capfd.readouterr().out
+    assert command_line(["moejax", f"--workdir={tmp_path}/run", "--mode=generate", "--prompt=w5"]) == 2
+    assert "has no tokenizer; put a tokenizer.json" in capfd.readouterr().err
+
+
+def test_a_broken_tokenizer_is_found_before_tensors_are_read(tmp_path, capfd):
+    source = changed(tmp_path, "llama")
+    (source / "tokenizer.json").write_text("{}")
+    assert main(["import", str(source), str(tmp_path / "run")]) == 2
+    error = capfd.readouterr().err
+    assert "not a tokenizer.json" in error and error.count("\n") == 1 and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("arguments, message", [

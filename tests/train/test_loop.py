@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 
 import jax
 import numpy as np
@@ -10,7 +11,7 @@ from tiny import positions_of
 
 import moejax
 from moejax import config as config_lib
-from moejax.checkpoint import read_config
+from moejax.checkpoint import manifest, read_config
 from moejax.data.prepared import load_prepared
 from moejax.metrics import record
 from moejax.models import transformer
@@ -124,11 +125,11 @@ def changed(config, **changes):
 def test_adapters_go_on_from_a_model_and_come_back_as_one(run, config, tmp_path):
     """The base stays as it was, the adapters learn, and what is loaded is their sum."""
     base, finished = run
-    tuned = changed(config, train__init_from=str(base), train__steps=10, optimizer__warmup_steps=0, train__finetune={
-        "lora_rank": 2, "lora": ["*attention/w_*", "*/moe/w_*"]})
-    ended = loop.train(tuned, tmp_path)
+    tuned = changed(config, train__init_from=str(base), train__steps=10, optimizer__warmup_steps=0, train__keep=2,
+                    train__checkpoint_every=4, train__finetune={"lora_rank": 2, "lora": ["*attention/w_*", "*/moe/w_*"]})
+    ended = loop.train(tuned, tmp_path / "straight")
     assert ended.evaluation["loss"] < finished.evaluation["loss"]
-    model, variables = moejax.load(tmp_path)
+    model, variables = moejax.load(tmp_path / "straight")
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), variables,
                  jax.device_get(ended.variables))
     _, before = moejax.load(base)
@@ -136,8 +137,18 @@ def test_adapters_go_on_from_a_model_and_come_back_as_one(run, config, tmp_path)
     moved = {path: float(np.abs(a - b).max()) for path, a, b in zip(
         flat(before["params"]), jax.tree.leaves(before["params"]), jax.tree.leaves(variables["params"]))}
     assert {path[-1] for path, by in moved.items() if by > 0} == {"w_q", "w_k", "w_v", "w_o", "w_in", "w_out"}
-    again = loop.train(tuned, tmp_path)
+
+    shutil.copytree(tmp_path / "straight", tmp_path / "broken")  # as it is if the run ends behind its second checkpoint
+    shutil.rmtree(tmp_path / "broken" / "checkpoints" / "10")
+    again = loop.train(tuned, tmp_path / "broken")
     assert again.evaluation["loss"] == ended.evaluation["loss"]
+    straight, broken = (arrays_of(tmp_path / name / "checkpoints" / "10") for name in ("straight", "broken"))
+    assert straight == broken and any("adapters" in name for name in straight["training"])
+
+
+def arrays_of(checkpoint):
+    """Shapes and hashes of all that a checkpoint holds, the optimizer's state included."""
+    return json.loads((checkpoint / manifest.NAME).read_text().split("\n", 1)[1])["arrays"]
 
 
 @pytest.mark.slow

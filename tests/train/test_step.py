@@ -8,7 +8,7 @@ import pytest
 from tiny import relative_errors, tiny_batch, tiny_config, tiny_functions, tiny_model
 
 from moejax.config import UserError
-from moejax.models import transformer
+from moejax.models import adapters, transformer
 from moejax.train import setup as setup_lib
 from moejax.train.optimizer import make_optimizer
 from moejax.train.state import TrainState
@@ -21,10 +21,14 @@ SMALL = {"model__layers": 1, "moe__first_dense": 0}
 def fresh(config):
     """Functions, optimizer and a state whose arrays live on the host."""
     model, params, router_state = tiny_model(config, seed=config.seed)
-    _, logical = transformer.abstract_params(model)
-    optimizer = make_optimizer(config.optimizer, config.train.steps, logical)
-    state = TrainState(np.int32(0), params, optimizer.init(params), router_state, jax.random.PRNGKey(0))
-    return tiny_functions(config, model)[0], optimizer, state
+    shapes, logical = adapters.abstract(*transformer.abstract_params(model), config.train.finetune)
+    rng = np.random.default_rng(config.seed)
+    if added := shapes.get(adapters.ADAPTERS):
+        params = params | {adapters.ADAPTERS: jax.tree.map(lambda a: np.float32(0.2 * rng.normal(size=a.shape)), added)}
+    functions, chosen = tiny_functions(config, model)
+    optimizer = chosen.scaled(make_optimizer(config.optimizer, config.train.steps, chosen.split(logical)[0]))
+    state = TrainState(np.int32(0), params, optimizer.init(chosen.split(params)[0]), router_state, jax.random.PRNGKey(0))
+    return functions, optimizer, state
 
 
 @pytest.mark.parametrize("changes", [
@@ -93,13 +97,17 @@ SIZES = {"seed": 1, "model__embed": 16, "model__vocab_size": 38, "moe__num_exper
          "optimizer__eps": 1e-4}  # a larger eps: near 1e-8 Adam turns rounding of zero gradients into full steps
 
 
+def losses_on_one_device(config, steps=20):
+    """As `losses_on`, where there is only one."""
+    only = jax.devices()[:1]
+    with jax.default_device(only[0]), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "devices", lambda *a: only)
+        return losses_on(config, steps)
+
+
 @pytest.fixture(scope="module")
 def single():
-    with jax.default_device(jax.devices()[0]):
-        setup_lib_devices = jax.devices()[:1]
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(jax, "devices", lambda *a: setup_lib_devices)
-            return losses_on(tiny_config(**SIZES, moe__dispatch="dense", **ONE))
+    return losses_on_one_device(tiny_config(**SIZES, moe__dispatch="dense", **ONE))
 
 
 @pytest.mark.parametrize("mesh", [
@@ -115,6 +123,23 @@ def test_meshes_train_to_the_same_losses(single, mesh):
         assert float(a_norm) == pytest.approx(float(b_norm), rel=1e-4)
         np.testing.assert_array_equal(a_load, b_load)
     assert wanted[0][0] - wanted[-1][0] > 0.05  # it did learn
+
+
+@pytest.mark.slow
+def test_adapters_learn_the_same_on_a_mesh():
+    """Those of experts, split over devices with them, too; and nothing else moves there either."""
+    config = {**SIZES, "train__finetune": {"lora_rank": 2, "lora": ("*attention/w_*", "*/moe/w_*")}}
+    wanted, alone = losses_on_one_device(tiny_config(**config, **ONE), 8)
+    got, split = losses_on(tiny_config(**config, mesh__data=2, mesh__expert=2, mesh__model=2), 8)
+    for (a, a_norm, a_load), (b, b_norm, b_load) in zip(got, wanted, strict=True):
+        assert float(a) == pytest.approx(float(b), rel=1e-5) and float(a_norm) == pytest.approx(float(b_norm), rel=1e-3)
+        np.testing.assert_array_equal(a_load, b_load)
+    assert max(relative_errors(split[adapters.ADAPTERS], alone[adapters.ADAPTERS]).values()) < 1e-4
+    begun = fresh(tiny_config(**config))[2].params
+    for name in begun:
+        if name != adapters.ADAPTERS:
+            jax.tree.map(np.testing.assert_array_equal, split[name], begun[name])
+    assert all(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (split[adapters.ADAPTERS], begun[adapters.ADAPTERS]))))
 
 
 @pytest.mark.parametrize("changes, message", [

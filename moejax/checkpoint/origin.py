@@ -1,0 +1,62 @@
+"""What an imported checkpoint leaves for runs that come of it: its config.json, its tokenizer, and how its texts end."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from moejax.checkpoint.made import ORIGINAL, TOKENIZER_FILES, copy_present, find_tokenizer
+from moejax.checkpoint.workdir import read_config
+from moejax.config import UserError, read_object
+
+
+def origin_of(workdir: Path) -> Path | None:
+    """The folder that keeps the files of the checkpoint from which a model came.
+
+    It lies in the workdir, or in that from which the run started, and so on; None if there is none, or none any more.
+    """
+    seen: set[Path] = set()
+    while workdir not in seen:
+        seen.add(workdir)
+        if (workdir / ORIGINAL).is_dir():
+            return workdir / ORIGINAL
+        try:
+            start = read_config(workdir).train.init_from
+        except UserError:
+            return None
+        workdir = Path(start) if start else workdir
+    return None
+
+
+def shares_tokenizer(workdir: Path, origin: Path) -> bool:
+    """Whether a run's texts are cut as those of the checkpoint: the run is the import itself, or has its tokenizer."""
+    if origin.parent == workdir:
+        return True
+    ours, theirs = (find_tokenizer(folder / "data") for folder in (workdir, origin.parent))
+    return ours is not None and theirs is not None and ours.read_bytes() == theirs.read_bytes()
+
+
+def copy_tokenizer(workdir: Path, folder: Path) -> None:
+    """Copies the files of a model's tokenizer: all that the imported checkpoint had, or the one file that a run has."""
+    origin = origin_of(workdir)
+    if origin is not None and shares_tokenizer(workdir, origin):
+        copy_present(origin, folder, TOKENIZER_FILES)
+    elif (own := find_tokenizer(workdir / "data")) is not None:
+        copy_present(own.parent, folder, (own.name,))
+        marker = read_object(own.parent / "tokenizer_config.json", "check its permissions", "restore it")
+        if own.suffix == ".json":  # which alone does not say what reads it, or what separates documents
+            written = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": marker.get("bos_token")}
+            (folder / "tokenizer_config.json").write_text(json.dumps(written, indent=2) + "\n")
+
+
+def end_tokens(workdir: Path, vocab_size: int) -> tuple[int, ...]:
+    """Ids with which the imported model ends a text, as its generation_config.json has them, or else its config.json."""
+    origin = origin_of(workdir)
+    if origin is None or not shares_tokenizer(workdir, origin):
+        return ()
+    for name in ("generation_config.json", "config.json"):
+        if (origin / name).is_file():
+            found: Any = read_object(origin / name, "check its permissions", "restore it, or delete it").get("eos_token_id")
+            ids = found if isinstance(found, list) else [found]
+            if any(isinstance(token, int) for token in ids):
+                return tuple(token for token in ids if isinstance(token, int) and 0 <= token < vocab_size)
+    return ()
