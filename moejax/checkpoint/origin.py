@@ -6,7 +6,8 @@ from typing import Any
 
 from moejax.checkpoint.made import ORIGINAL, TOKENIZER_FILES, copy_present, find_tokenizer
 from moejax.checkpoint.workdir import read_config
-from moejax.config import UserError, read_object
+from moejax.bounded import read_object
+from moejax.config import UserError
 
 
 def origin_of(workdir: Path) -> Path | None:

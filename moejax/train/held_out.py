@@ -9,7 +9,7 @@ import numpy as np
 from moejax.config import Config
 from moejax.data.loader import eval_batches, eval_size
 from moejax.data.mixing import rows_of_tasks
-from moejax.data.prepare import Prepared
+from moejax.data.prepared import Prepared
 from moejax.evaluation.labels import label_metrics
 from moejax.evaluation.perplexity import Evaluation, bits_per_byte, evaluate
 from moejax.metrics.record import loss_summary, routing_summary, total_records

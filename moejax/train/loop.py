@@ -18,7 +18,8 @@ from moejax import processes
 from moejax.checkpoint import Store, open_workdir, place
 from moejax.config import Config, UserError, check
 from moejax.data.mixing import open_loader
-from moejax.data.prepare import Prepared, load_prepared, prepare
+from moejax.data.prepare import prepare
+from moejax.data.prepared import Prepared, load_prepared
 from moejax.evaluation.load import load_sharded, model_of
 from moejax.exit_status import INTERRUPTED, RunFailed
 from moejax.finetune import Finetune

@@ -9,7 +9,7 @@ import numpy as np
 from moejax.checkpoint import Store
 from moejax.config import Config, check
 from moejax.data.mixing import open_loader
-from moejax.data.prepare import load_prepared
+from moejax.data.prepared import load_prepared
 from moejax.data.tokenizers import Tokenizer
 from moejax.train.diagnosis import first_unsound
 from moejax.train.loop import start
