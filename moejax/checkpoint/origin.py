@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from moejax.bounded import read_object
 from moejax.checkpoint.made import ORIGINAL, TOKENIZER_FILES, copy_present, find_tokenizer
 from moejax.checkpoint.workdir import read_config
-from moejax.bounded import read_object
 from moejax.config import UserError
 
 
