@@ -146,10 +146,11 @@ def watched(store: Any, index: int, count: int, end: Callable[[str], None] = end
       seconds: that count as too long.
     """
     done, silence, who = threading.Event(), Silence(seconds, time.monotonic()), f"{socket.gethostname()}, pid {os.getpid()}"
+    pause = min(BEAT_SECONDS, seconds / 5)
 
     def beat() -> None:
         number = 0
-        while number == 0 or not done.wait(min(BEAT_SECONDS, seconds / 5)):
+        while number == 0 or not done.wait(pause):
             number += 1
             try:
                 store.key_value_set(f"moejax/alive/{index}", f"{number} {who}", allow_overwrite=True)
@@ -163,6 +164,8 @@ def watched(store: Any, index: int, count: int, end: Callable[[str], None] = end
             name = silence.silent(time.monotonic())
             if name is not None:
                 done.set()
+                if index == 0:  # with it goes the connection of all, and jax would end them before they know who is silent
+                    time.sleep(2 * pause)
                 end(name)
 
     if store is None or count == 1:
