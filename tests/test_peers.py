@@ -119,3 +119,19 @@ def test_the_watch_names_a_process_that_stands_still():
             time.sleep(0.05)
         assert "moejax/alive/0" in store.values
     assert named == ["process 1 (elsewhere, pid 12)"] and "moejax/alive/0" not in store.values
+
+
+def test_the_process_that_keeps_the_connection_ends_last():
+    store, named = Memory(), []
+    store.key_value_set("moejax/alive/2", "7 elsewhere, pid 12")
+
+    def watch(index: int) -> None:
+        with peers.watched(store, index, 3, lambda name: named.append((index, name)), seconds=2):
+            time.sleep(5)
+
+    threads = [threading.Thread(target=watch, args=(index,)) for index in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert named == [(1, "process 2 (elsewhere, pid 12)"), (0, "process 2 (elsewhere, pid 12)")]
