@@ -59,7 +59,7 @@ def train(config: Config, workdir: Path) -> None:
         if jax.process_index() == 0:
             print(comparison(finished.evaluation, finished.prepared))
     if config.train.sample_prompt:
-        say(sample(config, finished))
+        say(sample(config, finished, end_tokens(workdir, config.model.vocab_size)))
     say(f"done: {workdir}/config.json, metrics.jsonl, tensorboard/, checkpoints/ (step {finished.step}), data/")
 
 
@@ -83,6 +83,7 @@ def evaluate(config: Config | None, workdir: Path, step: int | None, inputs: int
         check(bool(pairs) or inputs is None, "--answers is for models of pairs; leave it out")
         references = {name: references_of(own, workdir / "data" / name, inputs, options.get("max_new_tokens", 0))
                       for name, own in pairs.items()}
+        options["ends"] = end_tokens(workdir, setup.config.model.vocab_size)
     variables = restored.items["model"]
     with jax.set_mesh(setup.mesh):
         record = run_evaluation(setup, prepared, variables["params"], variables["router"], restored.step)
@@ -256,8 +257,9 @@ def say(line: str) -> None:
         print(line)
 
 
-def sample(config: Config, finished: loop.Finished) -> str:
-    """A line with what the trained model makes of config.train.sample_prompt, or why it makes nothing of it."""
+def sample(config: Config, finished: loop.Finished, ends: tuple[int, ...]) -> str:
+    """A line with what the trained model makes of config.train.sample_prompt, or why it makes nothing of it; `ends` as of
+    `written`."""
     prompt, variables, mesh = config.train.sample_prompt, finished.variables, finished.mesh
     if jax.process_count() == 1:  # one device is quicker than many, and serves after every mesh
         variables, mesh = jax.device_put(variables, jax.local_devices()[0]), None
@@ -265,7 +267,7 @@ def sample(config: Config, finished: loop.Finished) -> str:
         own = part(transformer.resolve(config), None)
         text, = continuations(finished.model, variables, mesh, finished.prepared.tokenizer, own, [prompt],
                               max_new_tokens=min(SAMPLE_TOKENS, config.model.max_length // 2), temperature=0.8,
-                              seed=config.seed)
+                              seed=config.seed, ends=ends)
     except UserError as error:  # the run itself is done and well
         return f"no sample: {error}"
     return f"sample: {prompt}|{text}"

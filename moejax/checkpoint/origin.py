@@ -1,6 +1,7 @@
 """What an imported checkpoint leaves for runs that come of it: its config.json, its tokenizer, and how its texts end."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,17 @@ def shares_tokenizer(workdir: Path, origin: Path) -> bool:
         return True
     ours, theirs = (find_tokenizer(folder / "data") for folder in (workdir, origin.parent))
     return ours is not None and theirs is not None and ours.read_bytes() == theirs.read_bytes()
+
+
+def keep_origin(workdir: Path) -> None:
+    """Copies what an imported checkpoint has left into a run that reads texts as it does, so that neither the run nor what
+    is made of it needs the import any more."""
+    origin, kept = origin_of(workdir), workdir / ORIGINAL
+    if origin is not None and not kept.exists() and shares_tokenizer(workdir, origin):
+        part = workdir / f"{ORIGINAL}.part"
+        shutil.rmtree(part, ignore_errors=True)
+        shutil.copytree(origin, part)
+        part.rename(kept)
 
 
 def copy_tokenizer(workdir: Path, folder: Path) -> None:

@@ -75,6 +75,9 @@ def load_prepared(folder: Path) -> Prepared:
             labels = tuple(map(_text, summary.get("labels", ())))
             streams = [_load_stream(folder, split, summary[split]) for split in SPLITS]
         whole = isinstance(content, str)
+    except (PermissionError, TimeoutError) as error:
+        raise UserError(f"{folder}: the prepared data cannot be read ({error.strerror}); check its permissions and the disk"
+                        ) from None
     except Exception:  # numpy raises what it likes on a damaged file
         whole = False
     check(whole, f"{folder}: the prepared data is damaged; delete the folder and start again")

@@ -28,7 +28,7 @@ from moejax.config import UserError, check
 CHUNK_BYTES = 1 << 20
 MOST_BYTES = 1 << 30
 """Of one document, record or line, so that a file without an end of line does not fill the memory."""
-PACKED_BYTES = 1 << 10
+PACKED_BYTES = 1 << 12
 """Bytes of a zstd file that are unpacked at a time; each may stand for 32 KiB."""
 UNPACKED, RATIO = 1 << 28, 250
 """A file may unpack to so many bytes, and beyond them to so many times its own size: text packs much less."""
@@ -145,7 +145,8 @@ def digest(text: str) -> str:
 
 def _package_pattern(source: str) -> str:
     name, _, pattern = source.removeprefix("package:").partition("/")
-    check(bool(pattern) and name.isidentifier(), f"{source!r} must have the form package:NAME/GLOB")
+    check(bool(pattern) and name.isidentifier(), f"{source!r} must have the form package:NAME/GLOB, with the name of a "
+          "package that lies in no other")
     try:
         spec = importlib.util.find_spec(name)
     except (ImportError, ValueError):
@@ -166,7 +167,9 @@ def _from_files(paths: Iterable[Path]) -> Iterator[Record]:
         elif plain.suffix in (".csv", ".tsv"):
             yield from _from_table(path, "," if plain.suffix == ".csv" else "\t")
         else:
-            yield Record(str(path), {WHOLE_FILE: _joined(_chunks(path), str(path))}, whole=True)
+            packed = path.suffix in (".gz", ".zst")  # of others everybody sees how large they are
+            yield Record(str(path), {WHOLE_FILE: _joined(_chunks(path), str(path)) if packed else b"".join(_chunks(path))},
+                         whole=True)
 
 
 def _from_table(path: Path, delimiter: str) -> Iterator[Record]:

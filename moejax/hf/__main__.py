@@ -74,9 +74,11 @@ def export_checkpoint(workdir: Path, target: Path, family: str | None, dtype: st
     if original is not None and (original / "config.json").is_file():
         options = read_object(original / "config.json", "check its permissions", "restore it, or delete it")
     stored = options.get("dtype") or options.get("torch_dtype")
-    to_hf(model, variables, target, family=family, dtype=dtype or (stored if stored in DTYPES else "float32"),
+    dtype = dtype or (stored if stored in DTYPES else "float32")
+    to_hf(model, variables, target, family=family, dtype=dtype,
           options=extra(options, family or model.model.architecture.family, shared), more=partial(copy_tokenizer, workdir))
-    print(f"{target}: config.json, *.safetensors" + (", tokenizer" if find_tokenizer(target) else ""))
+    print(f"{target}: config.json, *.safetensors ({dtype}{'' if dtype == 'float32' else '; float32 rounds nothing'})"
+          + (", tokenizer" if find_tokenizer(target) else ""))
 
 
 def upcycle_workdir(workdir: Path, new: Path, changes: dict[str, Any], how: dict[str, Any], seed: int) -> None:

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from moejax import processes
 from moejax.checkpoint import Store, open_workdir, place
+from moejax.checkpoint.origin import keep_origin
 from moejax.config import Config, UserError, check
 from moejax.data.mixing import open_loader
 from moejax.data.prepare import prepare
@@ -84,9 +85,10 @@ def train(config: Config, workdir: Path) -> Finished:
     prepared = prepare_on_chief(setup.config, workdir)
     if chief:
         print(describe(setup), flush=True)
-    recorder = Recorder(workdir) if chief else None
     tuning = setup.config.train.finetune
-    store = Store(workdir, config.train.keep, metric=tuning.metric, lower=tuning.lower)
+    with processes.same_fate():
+        store = Store(workdir, config.train.keep, metric=tuning.metric, lower=tuning.lower)
+        recorder = Recorder(workdir) if chief else None
     try:
         with jax.set_mesh(setup.mesh), stop_on_signal(setup.config.train.faults.save_on_preemption) as stop_requested:
             taught = with_teacher(setup.config, setup.mesh, workdir)
@@ -119,6 +121,7 @@ def prepare_on_chief(config: Config, workdir: Path) -> Prepared:
     with processes.same_fate():
         if chief:
             prepared = prepare(config, workdir / "data", content=content)
+            keep_origin(workdir)
     with processes.same_fate():
         if not chief:
             prepared = load_prepared(workdir / "data")

@@ -60,7 +60,7 @@ def free(mesh: Mesh) -> int | None:
         left = host_memory()
         return None if left is None else left // len(devices)
     stats = [device.memory_stats() or {} for device in devices]
-    if not stats or not all("bytes_limit" in one for one in stats):
+    if not stats or not all(one.get("bytes_limit", 0) > 0 for one in stats):
         return None
     return min(one["bytes_limit"] - one.get("bytes_in_use", 0) for one in stats)
 
@@ -74,8 +74,10 @@ def host_memory(meminfo: Path = Path("/proc/meminfo"), group: Path = Path("/sys/
         available = int(lines["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError, IndexError):
         return None
-    with contextlib.suppress(OSError, ValueError):  # no container, or one without a limit
-        used = int((group / "memory.current").read_text())
+    with contextlib.suppress(OSError, ValueError, KeyError):  # no container, or one without a limit
+        parts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        # Of what a container uses, files that were read or written go when others need the room.
+        used = int((group / "memory.current").read_text()) - int(parts["inactive_file"]) - int(parts["active_file"])
         return min(available, int((group / "memory.max").read_text()) - used)
     return available
 

@@ -5,7 +5,8 @@ import shutil
 
 import pytest
 
-from moejax.checkpoint.origin import copy_tokenizer, end_tokens, origin_of
+from moejax.checkpoint.made import copy_data
+from moejax.checkpoint.origin import copy_tokenizer, end_tokens, keep_origin, origin_of
 from moejax.config import default
 
 
@@ -64,3 +65,16 @@ def test_the_tokenizer_of_the_checkpoint_travels_and_another_replaces_it(importe
     assert {path.name for path in target.iterdir()} == {"tokenizer.json", "tokenizer_config.json"}
     assert (target / "tokenizer.json").read_text() == "another"
     assert json.loads((target / "tokenizer_config.json").read_text())["bos_token"] == "<s>"
+
+
+def test_a_run_that_reads_as_the_checkpoint_keeps_its_files_and_hands_them_on(imported, tmp_path):
+    tuned, other = make_run(tmp_path / "tuned", "as read", imported), make_run(tmp_path / "other", "another", imported)
+    for run in (tuned, other, imported):
+        keep_origin(run)
+        keep_origin(run)
+    assert origin_of(tuned) == tuned / "hf" and not (other / "hf").exists()
+    shutil.rmtree(imported)
+    assert end_tokens(tuned, 100) == (7, 5)
+    (made := tmp_path / "made").mkdir()  # of the tuned one, as upcycling and compression do
+    copy_data(tuned, made)
+    assert end_tokens(made, 100) == (7, 5) and (made / "hf" / "special_tokens_map.json").exists()

@@ -90,7 +90,10 @@ def test_what_the_compiler_refuses_is_told_alike():
 def test_memory_of_the_machine(tmp_path):
     (tmp_path / "meminfo").write_text("MemTotal:  100 kB\nMemAvailable:  42 kB\n")
     assert memory.host_memory(tmp_path / "meminfo", tmp_path) == 42 * 1024
-    (tmp_path / "memory.current").write_text("300\n")
+    (tmp_path / "memory.current").write_text("1200\n")
+    (tmp_path / "memory.max").write_text("1300\n")
+    assert memory.host_memory(tmp_path / "meminfo", tmp_path) == 42 * 1024  # what is in use is not known
+    (tmp_path / "memory.stat").write_text("anon 300\nfile 900\nactive_file 500\ninactive_file 400\n")
     for limit, left in (("max", 42 * 1024), ("1300", 1000), ("99999999", 42 * 1024)):
         (tmp_path / "memory.max").write_text(limit + "\n")
         assert memory.host_memory(tmp_path / "meminfo", tmp_path) == left
