@@ -43,7 +43,7 @@ class Files:
         for name in names:
             try:
                 self._open[name] = safe_open(folder / name, framework="np")
-            except (OSError, SafetensorError) as error:
+            except (OSError, SafetensorError, UnicodeError) as error:
                 raise UserError(f"{folder / name}: cannot be read ({error}); fetch it again") from None
             for tensor in self._open[name].keys():
                 check(tensor not in self.file_of,

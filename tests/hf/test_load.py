@@ -41,10 +41,12 @@ def test_tensors_that_are_not_as_they_should_be_are_named(edit, message, tmp_pat
         from_hf(changed(tmp_path, edit=edit))
 
 
-def test_an_index_may_not_name_files_elsewhere(tmp_path):
+@pytest.mark.parametrize("name, message", [("../model.safetensors", "which is not a file of the folder"),
+                                           ("\ud800", "cannot be read")])
+def test_an_index_names_files_of_the_folder(name, message, tmp_path):
     folder = changed(tmp_path)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../model.safetensors"}}))
-    with pytest.raises(UserError, match="which is not a file of the folder"):
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(UserError, match=message):
         from_hf(folder)
 
 
