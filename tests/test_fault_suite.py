@@ -1,4 +1,4 @@
-"""The fault suite in its short form: every fault is survived, and the suite sees what is not."""
+"""The fault suite in its short form, of which the quickest by default: every fault is survived, and what is not is seen."""
 
 import json
 import shutil
@@ -18,8 +18,13 @@ def straight(tmp_path_factory):
     return workdir
 
 
-@pytest.mark.parametrize("name", [name for name in suite.faults(Path("straight"), suite.SHORT, 0)
-                                  if not name.startswith("fuzz")])  # of which test_fuzz.py has more
+NAMES = [name for name in suite.faults(Path("straight"), suite.SHORT, 0) if not name.startswith("fuzz")]
+"""Of the readers test_fuzz.py has more."""
+QUICK = ("kills at random", "signals: twice", "damage: bit flip", "damage: torn manifest", "disk", "numbers: not finite",
+         "topology 0")
+
+
+@pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in NAMES])
 def test_survived(straight, name):
     row = suite.faults(straight, suite.SHORT, 0)[name]()
     assert not row.problems

@@ -139,16 +139,21 @@ def test_a_second_run_in_a_workdir_is_refused_and_changes_nothing(tmp_path, monk
     assert {path: path.read_bytes() for path in here.rglob("*") if path.is_file()} == before
 
 
-@pytest.mark.slow
-def test_a_run_on_a_full_disk_goes_on_warns_and_does_not_say_that_all_is_saved(here, straight, capsys):
+def run_without_room(workdir: Path, *options: str) -> int:
+    """Goes on from step 2 where no file can grow as large as a checkpoint needs. Returns the exit status."""
     for step in (4, 6, 8):
-        shutil.rmtree(here / "checkpoints" / str(step))
+        shutil.rmtree(workdir / "checkpoints" / str(step))
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (7000, before[1]))
     try:
-        status = main(COMMAND)
+        return main([*COMMAND, *options])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.slow
+def test_a_run_on_a_full_disk_goes_on_warns_and_does_not_say_that_all_is_saved(here, straight, capsys):
+    status = run_without_room(here)
     out, err = capsys.readouterr()
     assert status == 2 and "step 8/8" in out and "done" not in out
     assert [line for line in err.splitlines() if "WARNING: the checkpoint of step 4 could not be written" in line]
@@ -160,14 +165,7 @@ def test_a_run_on_a_full_disk_goes_on_warns_and_does_not_say_that_all_is_saved(h
 
 @pytest.mark.slow
 def test_a_run_on_a_full_disk_ends_where_it_is_told_to(here, straight, capsys):
-    for step in (4, 6, 8):
-        shutil.rmtree(here / "checkpoints" / str(step))
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (7000, before[1]))
-    try:
-        status = main([*COMMAND, "--config.train.faults.stop_unsaved=True", "--config.train.steps=99"])
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    status = run_without_room(here, "--config.train.faults.stop_unsaved=True", "--config.train.steps=99")
     out, err = capsys.readouterr()
     reached = int(err.splitlines()[-1].split("step ")[1].split()[0])
     assert status == 2 and 4 < reached < 99 and "done" not in out

@@ -169,7 +169,7 @@ def linger() -> None:
 
     def slowly(self: Recorder, record: dict) -> None:
         write(self, record)
-        time.sleep(0.5)
+        time.sleep(0.2)
 
     Recorder.write = slowly
 

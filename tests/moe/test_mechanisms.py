@@ -92,6 +92,7 @@ def test_the_load_balancing_loss_lowers_max_vio():
     assert balanced < 0.6 * free
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("score, rule", [
     ("sigmoid", "sign"), pytest.param("softmax", "proportional", marks=pytest.mark.slow)])
 def test_loss_free_bias_lowers_max_vio_and_leaves_the_error_within_one_percent(score, rule):

@@ -34,6 +34,7 @@ def stepped(steps=2, config=None, **options):
     return {path: np.asarray(after[path] - before[path]) for path in before}, state
 
 
+@pytest.mark.slow
 def test_a_frozen_pattern_stays_and_has_no_moments():
     moved, state = stepped(freeze=("embedding/*", "*/moe/w_*"))
     for path, by in moved.items():

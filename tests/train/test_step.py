@@ -32,7 +32,7 @@ def fresh(config):
 
 
 @pytest.mark.parametrize("changes", [
-    {"moe__capacity_factor": 0.7, "moe__bias_rate": 0.1},
+    pytest.param({"moe__capacity_factor": 0.7, "moe__bias_rate": 0.1}, marks=pytest.mark.slow),
     {"moe__balance_scope": "sequence", "data__task": {"label_smoothing": 0.1, "head_z_weight": 0.01}},
     pytest.param({"moe__router": "hash"}, marks=pytest.mark.slow)], ids=str)
 def test_micro_batches_add_up_to_the_big_batch(changes):
