@@ -152,7 +152,6 @@ def arrays_of(checkpoint):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_a_run_ends_when_its_patience_does_and_keeps_the_best(config, tmp_path):
     """Without any learning no evaluation is better than the first."""
     idle = changed(config, optimizer__learning_rate=0.0, moe__bias_rate=0.0, train__eval_every=3,

@@ -126,7 +126,6 @@ def test_clipping_to_a_norm_of_nothing_gives_zeros(tree):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_of_every_open_family_only_matrices_between_activations_decay():
     """No bias, norm, sink or position of any of them."""
     golden = pathlib.Path(__file__).parent.parent / "hf" / "golden"
