@@ -14,7 +14,7 @@ COSTLY = ("set-up", "generate", "import")
 
 @pytest.mark.parametrize("kind", fuzz.READERS)
 def test_readers_take_or_refuse_what_they_are_given(kind, tmp_path):
-    result = fuzz.feed(kind, 6 if kind in COSTLY else 36, 0, tmp_path)
+    result = fuzz.feed(kind, 6 if kind in COSTLY else 20, 0, tmp_path)
     assert result.inputs >= 6 and not result.failures, result.first
     assert not list(tmp_path.iterdir())
 

@@ -14,6 +14,7 @@ from moejax.moe.routing import ROUTERS
 QUICK = "experiments/routing/base.py:quick"
 
 
+@pytest.mark.slow
 def test_the_quick_form_runs(tmp_path):
     """One router, and a second time, when there is nothing left to run."""
     for _ in range(2):

@@ -37,6 +37,7 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_pretrain_fine_tune_and_evaluate_a_classifier(here, capfd):
     assert main(["main", "--config=c.py:encoder", "--workdir=masked"]) == 0
     masked = read(here / "masked")[-1]

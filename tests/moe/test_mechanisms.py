@@ -81,6 +81,7 @@ def result(name, rate=0.01, **changes):
 TWO = dict(experts_per_token=2, renormalize=True)
 
 
+@pytest.mark.slow
 def test_learned_routing_beats_hash_beats_random():
     """At equal operations: only the choice of the one expert differs."""
     (learned, *_), (hashed, *_), (chance, *_) = result("topk"), result("hash"), result("random")

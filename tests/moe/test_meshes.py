@@ -181,11 +181,8 @@ def five_steps_of_the_oracle(router):
     return after_five_steps(router, "dense")
 
 
-FEW = {("expert8", "bias", "all_gather")}
-
-
-@pytest.mark.parametrize("mesh, router, dispatch", [
-    pytest.param(*case.values, marks=[] if case.values in FEW else pytest.mark.slow) for case in CASES])
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh, router, dispatch", CASES)
 def test_five_steps_on_a_mesh_equal_those_of_the_dense_oracle_on_one_device(mesh, router, dispatch):
     want_losses, (want, want_state) = five_steps_of_the_oracle(router)
     with jax.set_mesh(sharding.make_mesh(MESHES[mesh])):
