@@ -29,7 +29,7 @@ def run(tmp_path_factory):
 
 
 @pytest.mark.parametrize("arguments", [
-    ["prune", "--experts=3"], pytest.param(["merge", "--experts=2"], marks=pytest.mark.slow),
+    pytest.param(["prune", "--experts=3"], marks=pytest.mark.slow), pytest.param(["merge", "--experts=2"], marks=pytest.mark.slow),
     pytest.param(["quantise", "--bits=4"], marks=pytest.mark.slow)], ids=lambda arguments: arguments[0])
 def test_a_smaller_model_is_written_and_evaluated(run, tmp_path, capsys, arguments):
     command, option = arguments

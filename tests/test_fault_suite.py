@@ -20,8 +20,7 @@ def straight(tmp_path_factory):
 
 NAMES = [name for name in suite.faults(Path("straight"), suite.SHORT, 0) if not name.startswith("fuzz")]
 """Of the readers test_fuzz.py has more."""
-QUICK = ("kills at random", "signals: twice", "damage: bit flip", "damage: torn manifest", "numbers: not finite",
-         "topology 0")
+QUICK = ("kills at random", "signals: twice", "damage: bit flip", "damage: torn manifest", "topology 0")
 
 
 @pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in NAMES])

@@ -122,6 +122,7 @@ def changed(config, **changes):
     return config_lib.build(tree)
 
 
+@pytest.mark.slow
 def test_adapters_go_on_from_a_model_and_come_back_as_one(run, config, tmp_path):
     """The base stays as it was, the adapters learn, and what is loaded is their sum."""
     base, finished = run

@@ -66,6 +66,7 @@ def check_step(setup, compile_step, left):
     memory.check_step(compile_step, setup.shapes, setup.shardings, setup.mesh, lambda: left)
 
 
+@pytest.mark.slow
 def test_a_compiled_step_is_held_against_what_is_left():
     setup = set_up(tiny_config())
     compiled = setup.train_step.lower(setup.initialise(), setup.put(tiny_batch(setup.config))).compile()

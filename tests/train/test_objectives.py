@@ -20,8 +20,7 @@ LEARNED = ("topk", "expert_choice", "soft_moe")
 SETTINGS = {"lory": {"segment": 2}, "token_rounding": {"tile": 4}, "sparse_mixer": {"jitter_eps": 0.5},
             "mixture_of_depths": {"share": 0.5}}
 """Options of routers whose defaults are made for longer sequences than those here."""
-FAST = {("prefix_lm", "decoder", "topk"), ("span_corruption", "encoder_decoder", "hash"),
-        ("classification", "encoder", "soft_moe")}
+FAST = {("prefix_lm", "decoder", "topk"), ("classification", "encoder", "soft_moe")}
 CASES = [pytest.param(name, kind, router, marks=[] if (name, kind, router) in FAST else pytest.mark.slow)
          for name, objective in OBJECTIVES.items() for kind, router in itertools.product(objective.kinds, ROUTERS)]
 CLASSES = {"regression": 1, "multi_label": 3}
