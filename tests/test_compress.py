@@ -28,9 +28,9 @@ def run(tmp_path_factory):
     return folder / "run"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [
-    pytest.param(["prune", "--experts=3"], marks=pytest.mark.slow), pytest.param(["merge", "--experts=2"], marks=pytest.mark.slow),
-    pytest.param(["quantise", "--bits=4"], marks=pytest.mark.slow)], ids=lambda arguments: arguments[0])
+    ["prune", "--experts=3"], ["merge", "--experts=2"], ["quantise", "--bits=4"]], ids=lambda arguments: arguments[0])
 def test_a_smaller_model_is_written_and_evaluated(run, tmp_path, capsys, arguments):
     command, option = arguments
     assert compress.main([command, str(run), str(tmp_path / "new"), option]) == 0
