@@ -208,7 +208,7 @@ def shardings(config: Config) -> None:
     """Prints where every parameter would lie, and what the whole training state takes on one device."""
     with processes.same_fate():
         setup = set_up(config)
-    state = sum(one.bytes for one in memory.held(setup.shapes, setup.shardings))
+    state = sum(one.bytes for one in memory.held(setup))
     say(sharding.table(setup.placements))
     say(f"training state, optimizer included: {state:,} bytes on a device; mesh "
         + " x ".join(f"{name}={size}" for name, size in setup.mesh.shape.items()))

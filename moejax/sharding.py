@@ -181,6 +181,11 @@ def size(mesh: Any, mesh_axes: Sequence[str]) -> int:
     return math.prod(mesh.shape[axis] for axis in mesh_axes)
 
 
+def in_words(mesh: Mesh) -> str:
+    """The axes that split something, with their sizes."""
+    return " x ".join(f"{name}={count}" for name, count in mesh.shape.items() if count > 1) or "one device"
+
+
 def divisible(count: int, mesh: Mesh, mesh_axes: Sequence[str], what: str) -> None:
     """Raises `UserError` unless `count` splits evenly over the mesh axes."""
     parts = size(mesh, mesh_axes)

@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ import numpy as np
 import pytest
 
 from benchmarks.faults import damage
+from benchmarks.faults.scene import address, losses
 from moejax import processes
 from moejax.checkpoint import read_config
 from moejax.checkpoint.verify import verify
@@ -24,7 +24,6 @@ from moejax.data.loader import train_loader
 from moejax.data.prepared import load_prepared
 from moejax.data.rows import make_rows
 from moejax.main import main
-from moejax.metrics.record import read
 
 ROOT = Path(__file__).parent.parent
 CONFIG = """\
@@ -140,12 +139,6 @@ def command(*arguments: str, devices: int = 1) -> subprocess.Popen:
     return STARTED[-1]
 
 
-def address() -> str:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return f"localhost:{probe.getsockname()[1]}"
-
-
 def several(count: int, devices: int, *arguments: str, pause: float = 0) -> list[subprocess.Popen]:
     """The watched command in `count` processes."""
     coordinator = address()
@@ -175,10 +168,6 @@ def batches(workdir: Path, first: int, last: int) -> list[str]:
     loader = train_loader(make_rows(prepared.train, prepared.tokenizer, config), config)
     taken = [next(loader) for _ in range(last)][first:]
     return [hashlib.md5(b"".join(batch[name].tobytes() for name in sorted(batch))).hexdigest() for batch in taken]
-
-
-def losses(workdir: Path) -> dict[tuple[int, str], float]:
-    return {(record["step"], record["split"]): record["loss"] for record in read(workdir)}
 
 
 def cut(workdir: Path, step: int) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from jax.sharding import SingleDeviceSharding
 
+from benchmarks.faults import scene
 from moejax.checkpoint import Store, place, read_config
 from moejax.data.loader import train_loader
 from moejax.data.prepared import load_prepared
@@ -96,11 +97,6 @@ def batches(workdir: Path, position: dict | None, count: int) -> list[dict[str, 
     return [next(loader) for _ in range(count)]
 
 
-def without_speed(records: list[dict]) -> list[dict]:
-    timed = ("tokens_per_second", "utilisation", "seconds")
-    return [{name: value for name, value in record.items() if name not in timed} for record in records]
-
-
 @pytest.mark.slow  # test_fault_suite.py kills and continues runs, too
 @pytest.mark.parametrize("overrides", (
     ("--config.data.tokenizer=bytes",),
@@ -149,5 +145,5 @@ def test_interrupted_killed_and_continued_equals_straight(tmp_path, overrides):
             jax.tree_util.tree_leaves_with_path(ours), jax.tree.leaves(theirs), strict=True)
             if np.asarray(a).tobytes() != np.asarray(b).tobytes()]
         assert not differing
-    assert without_speed(read(broken)) == without_speed(read(straight))
+    assert scene.records(broken) == scene.records(straight)
     assert [record["step"] for record in read(straight) if record["split"] == "train"] == list(range(1, 21))

@@ -49,9 +49,14 @@ class Result(NamedTuple):
 
 def run(inputs: int, seed: int, folder: Path, kinds: Sequence[str] = tuple(READERS)) -> Iterator[Result]:
     """Feeds every reader with its share of so many inputs, in a folder that is left empty."""
+    for kind, count in shares(inputs, kinds).items():
+        yield feed(kind, count, seed, folder)
+
+
+def shares(inputs: int, kinds: Sequence[str] = tuple(READERS)) -> dict[str, int]:
+    """How many of so many inputs each reader gets, at least one."""
     total = sum(READERS[kind].share for kind in kinds)
-    for kind in kinds:
-        yield feed(kind, max(1, round(inputs * READERS[kind].share / total)), seed, folder)
+    return {kind: max(1, round(inputs * READERS[kind].share / total)) for kind in kinds}
 
 
 def feed(kind: str, inputs: int, seed: int, folder: Path) -> Result:

@@ -2,6 +2,7 @@
 
 import functools
 import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -46,15 +47,12 @@ def skip(straight: Path, fault: str, factor: float, *options: str) -> scene.Row:
     arguments = ("--config.train.checkpoint_every=1", *options)
     before = functools.partial(spoil, factor, MODULUS)
     whole, killed = folder / name, folder / f"{name}_killed"
-    problems = []
-    for workdir in (whole, killed):
-        if workdir is killed:
-            with scene.running(folder, f"--workdir={workdir.name}", *arguments, before=before) as process:
-                if not scene.wait_for(lambda: len(scene.saved(killed)) > scene.STEPS // 2, [process]) or (
-                        not scene.killed(process)) or len(scene.saved(killed)) == scene.STEPS:
-                    problems.append(f"ended before it could be killed: {scene.words(folder)}")
-        if status := scene.end(scene.begin(folder, f"--workdir={workdir.name}", *arguments, before=before)):
-            problems.append(f"exit status {status}: {scene.words(folder)}")
+    problems = ended(whole, arguments, before)
+    with scene.running(folder, f"--workdir={killed.name}", *arguments, before=before) as process:
+        if not scene.wait_for(lambda: len(scene.saved(killed)) > scene.STEPS // 2, [process]) or (
+                not scene.killed(process)) or len(scene.saved(killed)) == scene.STEPS:
+            problems.append(f"ended before it could be killed: {scene.words(folder)}")
+    problems += ended(killed, arguments, before)
     if problems:
         return scene.row(fault, [problems], "")
     train = [record for record in scene.records(whole) if record["split"] == "train"]
@@ -64,6 +62,12 @@ def skip(straight: Path, fault: str, factor: float, *options: str) -> scene.Row:
     outcomes = [[f"step {step} was skipped, and {array} is another" for array in changed(whole, step)] for step in skipped]
     return scene.row(fault, [problems + one for one in outcomes] or [problems], f"the updates of steps {skipped}; nothing "
                      "else changed; killed in the middle it is the same run")
+
+
+def ended(workdir: Path, arguments: Sequence[str], before: Callable[[], None]) -> list[str]:
+    """Runs or goes on to the end. Returns what is wrong."""
+    status = scene.end(scene.begin(workdir.parent, f"--workdir={workdir.name}", *arguments, before=before))
+    return [f"exit status {status}: {scene.words(workdir.parent)}"] if status else []
 
 
 def changed(workdir: Path, step: int) -> list[str]:

@@ -13,7 +13,6 @@ import json
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +20,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from launch.local import free_port
 from moejax.checkpoint import arrays, manifest
 from moejax.checkpoint.store import step_folders
 from moejax.checkpoint.verify import verify
@@ -260,6 +260,4 @@ def losses(workdir: Path) -> dict[tuple[int, str], float]:
 
 def address() -> str:
     """A port of this machine that nothing listens on, for --coordinator."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return f"localhost:{probe.getsockname()[1]}"
+    return f"localhost:{free_port()}"

@@ -78,9 +78,7 @@ def faults(straight: Path, times: Times, seed: int) -> dict[str, Callable[[], sc
     for number, topologies in enumerate(times.topologies):
         found[f"topology {number}"] = partial(several.change_topology, straight, topologies, f"topology{number}")
     found["writers"] = partial(several.two_writers, straight, times.writers)
-    shares = sum(reader.share for reader in fuzz.READERS.values())
-    for kind, reader in fuzz.READERS.items():
-        count = max(1, round(times.inputs * reader.share / shares))
+    for kind, count in fuzz.shares(times.inputs).items():
         found[f"fuzz: {kind}"] = partial(fuzzed, straight, kind, count, seed)
     return found
 

@@ -4,9 +4,10 @@ Orbax writes; this reads what it wrote, without it. Orbax reads an item as a who
 does, so that one bad array could neither be named nor be found by one process alone.
 """
 
+import contextlib
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -57,17 +58,22 @@ def read(folder: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> tuple[dict
 
 def look(folder: Path, name: str) -> tuple[tuple[int, ...], str]:
     """Shape and type of an array of an item, which is not read. Raises `Damaged`."""
-    try:
+    with _readable():
         store = _open(folder, name, ts.Context())
         return store.shape, store.dtype.name
-    except WRONG as error:
-        raise Damaged(f"cannot be read ({reason(error)})") from None
 
 
 def read_whole(folder: Path, name: str) -> np.ndarray:
     """An array of an item on the host. Raises `Damaged`."""
-    try:
+    with _readable():
         return _open(folder, name, ts.Context()).read().result()
+
+
+@contextlib.contextmanager
+def _readable() -> Iterator[None]:
+    """Turns what tensorstore raises into `Damaged`."""
+    try:
+        yield
     except WRONG as error:
         raise Damaged(f"cannot be read ({reason(error)})") from None
 
@@ -77,11 +83,10 @@ def _each(names: Mapping[str, Any], make: Callable[[str], T]) -> tuple[dict[str,
 
     def one(name: str) -> None:
         try:
-            made[name] = make(name)
+            with _readable():
+                made[name] = make(name)
         except Damaged as error:
             wrong[name] = str(error)
-        except WRONG as error:
-            wrong[name] = f"cannot be read ({reason(error)})"
 
     with ThreadPoolExecutor(READERS) as pool:
         list(pool.map(one, names))

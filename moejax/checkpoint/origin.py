@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from moejax.bounded import read_object
-from moejax.checkpoint.made import ORIGINAL, TOKENIZER_FILES, copy_present, find_tokenizer
+from moejax.checkpoint.made import ORIGINAL, TOKENIZER_FILES, built_beside, copy_present, find_tokenizer
 from moejax.checkpoint.workdir import read_config
 from moejax.config import UserError
 
@@ -42,10 +42,8 @@ def keep_origin(workdir: Path) -> None:
     is made of it needs the import any more."""
     origin, kept = origin_of(workdir), workdir / ORIGINAL
     if origin is not None and not kept.exists() and shares_tokenizer(workdir, origin):
-        part = workdir / f"{ORIGINAL}.part"
-        shutil.rmtree(part, ignore_errors=True)
-        shutil.copytree(origin, part)
-        part.rename(kept)
+        with built_beside(kept) as part:
+            shutil.copytree(origin, part, dirs_exist_ok=True)
 
 
 def copy_tokenizer(workdir: Path, folder: Path) -> None:

@@ -159,7 +159,8 @@ def _package_pattern(source: str) -> str:
 
 def _from_files(paths: Iterable[Path]) -> Iterator[Record]:
     for path in paths:
-        plain = path.with_suffix("") if path.suffix in (".gz", ".zst") else path
+        packed = path.suffix in (".gz", ".zst")
+        plain = path.with_suffix("") if packed else path
         if plain.suffix == ".jsonl":
             for number, line in enumerate(_lines(path), 1):
                 if line.strip():
@@ -167,9 +168,9 @@ def _from_files(paths: Iterable[Path]) -> Iterator[Record]:
         elif plain.suffix in (".csv", ".tsv"):
             yield from _from_table(path, "," if plain.suffix == ".csv" else "\t")
         else:
-            packed = path.suffix in (".gz", ".zst")  # of others everybody sees how large they are
-            yield Record(str(path), {WHOLE_FILE: _joined(_chunks(path), str(path)) if packed else b"".join(_chunks(path))},
-                         whole=True)
+            # How large a file is everybody sees, but not what it unpacks to.
+            content = _joined(_chunks(path), str(path)) if packed else b"".join(_chunks(path))
+            yield Record(str(path), {WHOLE_FILE: content}, whole=True)
 
 
 def _from_table(path: Path, delimiter: str) -> Iterator[Record]:

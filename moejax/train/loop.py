@@ -81,7 +81,7 @@ def train(config: Config, workdir: Path) -> Finished:
         setup = set_up(config)
         check_trainable(setup.config)
         if setup.config.train.faults.predict_memory:
-            memory.check_state(setup.shapes, setup.shardings, setup.mesh, memory.free(setup.mesh))
+            memory.check_state(setup, memory.free(setup.mesh))
     prepared = prepare_on_chief(setup.config, workdir)
     if chief:
         print(describe(setup), flush=True)
@@ -162,15 +162,16 @@ def _run(setup: Setup, prepared: Prepared, store: Store, recorder: Recorder | No
         progress.say("tasks: " + ", ".join(f"{name} {rate:.1%}" for name, rate in zip(config.data.task.names, loader.rates))
                      + " of the rows")
     meter = Meter(setup)
-    evaluation, stopped, failed, predicted = None, False, False, not options.faults.predict_memory
+    evaluation, stopped, failed, begun = None, False, False, step
     if step < options.steps and not ended:
         progress.say("compiling the train step ...")
     while step < options.steps and not (stopped or ended or failed):
         latest.append(setup.put(next(loader)))
-        if not predicted:
-            predict_memory(setup, state, taught(latest[-1]), watch.limit())
-            predicted = True
-        state, means, records = setup.train_step(state, taught(latest[-1]), *watch.limit())
+        batch = taught(latest[-1])
+        if step == begun and options.faults.predict_memory:
+            predict_memory(setup, state, batch, watch.limit())
+        state, means, records = setup.train_step(state, batch, *watch.limit())
+        del batch  # a teacher's scores are large, and the next ones come before this name is taken again
         step += 1
         meter.add(means, records)
         watch.add(means)
@@ -226,8 +227,8 @@ def predict_memory(setup: Setup, state: TrainState, batch: Any, limit: tuple[np.
     jax.block_until_ready((state, batch))  # what computes them takes memory, too
     try:
         with processes.same_fate():
-            memory.check_step(lambda: setup.train_step.lower(state, batch, *limit).compile(), setup.shapes, setup.shardings,
-                              setup.mesh, lambda: memory.free(setup.mesh))
+            memory.check_step(setup, lambda: setup.train_step.lower(state, batch, *limit).compile(),
+                              lambda: memory.free(setup.mesh))
     except UserError as error:
         raise RunFailed(str(error)) from None
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import ctypes
-import math
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
@@ -10,8 +9,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from moejax import sharding
 from moejax.config import UserError, check
-from moejax.train.state import TrainState
+from moejax.train.setup import Setup
 
 SHOWN = 5
 """Arrays that a message names."""
@@ -41,12 +41,14 @@ def size(count: float) -> str:
                  if count >= unit / 10), f"{count} bytes")
 
 
-def held(shapes: TrainState, shardings: TrainState) -> list[Held]:
-    """Every array of a training state, largest first."""
+def held(setup: Setup) -> list[Held]:
+    """Every array of the training state, largest first."""
     found = []
-    for (path, leaf), where in zip(jax.tree_util.tree_leaves_with_path(shapes), jax.tree.leaves(shardings), strict=True):
-        name, dtype = jax.tree_util.keystr(path, simple=True, separator="/"), np.dtype(leaf.dtype)
-        found.append(Held(name, leaf.shape, dtype.name, math.prod(where.shard_shape(leaf.shape)) * dtype.itemsize))
+    for (path, leaf), where in zip(jax.tree_util.tree_leaves_with_path(setup.shapes), jax.tree.leaves(setup.shardings),
+                                   strict=True):
+        part = jax.ShapeDtypeStruct(where.shard_shape(leaf.shape), leaf.dtype)
+        found.append(Held(jax.tree_util.keystr(path, simple=True, separator="/"), leaf.shape, np.dtype(leaf.dtype).name,
+                          sharding.bytes_of(part)))
     return sorted(found, key=lambda one: -one.bytes)
 
 
@@ -82,32 +84,26 @@ def host_memory(meminfo: Path = Path("/proc/meminfo"), group: Path = Path("/sys/
     return available
 
 
-def check_state(shapes: TrainState, shardings: TrainState, mesh: Mesh, left: int | None) -> None:
-    """Raises `UserError` if parameters and optimizer state alone are more than a device can take.
+def check_state(setup: Setup, left: int | None) -> None:
+    """Raises `UserError` if parameters and optimizer state alone are more than the bytes that a device has left.
 
-    Args:
-      shapes, shardings: of the training state.
-      mesh: for the message.
-      left: bytes of a device; None checks nothing.
+    None checks nothing.
     """
-    arrays = held(shapes, shardings)
-    state = sum(one.bytes for one in arrays)
+    state = sum(one.bytes for one in held(setup))
     check(left is None or state <= left, f"parameters and optimizer state take {size(state)} on each device, and there are "
-          f"{size(left or 0)}; {remedy(arrays, mesh)}")
+          f"{size(left or 0)}; {remedy(setup)}")
 
 
-def check_step(compile_step: Callable[[], Any], shapes: TrainState, shardings: TrainState, mesh: Mesh,
-               free_bytes: Callable[[], int | None]) -> None:
+def check_step(setup: Setup, compile_step: Callable[[], Any], free_bytes: Callable[[], int | None]) -> None:
     """Raises `UserError` if a train step needs more than a device can take, beside the state that is there.
 
     Args:
+      setup: of the run.
       compile_step: gives the step (`jax.stages.Compiled`). Compilers for TPUs themselves refuse what does not fit.
-      shapes, shardings: of the training state.
-      mesh: for the message.
       free_bytes: gives the bytes of a device beside the state, or None to check nothing; called when the step is compiled.
     """
     less = ("; fewer rows at a time (config.train.microbatches, config.data.batch_size), config.train.remat, or: "
-            + remedy(held(shapes, shardings), mesh))
+            + remedy(setup))
     try:
         analysis = compile_step().memory_analysis()
     except jax.errors.JaxRuntimeError as error:
@@ -123,9 +119,8 @@ def check_step(compile_step: Callable[[], Any], shapes: TrainState, shardings: T
           f"and there are {size(left)}{less}")
 
 
-def remedy(arrays: list[Held], mesh: Mesh) -> str:
+def remedy(setup: Setup) -> str:
     """What to do, and the largest arrays."""
-    largest = "; ".join(map(str, arrays[:SHOWN]))
-    split = " x ".join(f"{name}={count}" for name, count in mesh.shape.items() if count > 1) or "one device"
-    return (f"split them over more devices (config.mesh.data, .expert, .model; now {split}), or make the model smaller. "
-            f"--config.train.faults.predict_memory=False tries all the same. Largest: {largest}")
+    return (f"split them over more devices (config.mesh.data, .expert, .model; now {sharding.in_words(setup.mesh)}), or "
+            "make the model smaller. --config.train.faults.predict_memory=False tries all the same. Largest: "
+            + "; ".join(map(str, held(setup)[:SHOWN])))

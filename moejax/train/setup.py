@@ -242,9 +242,9 @@ def describe(setup: Setup) -> str:
     config, counted = setup.config, setup.parameters
     flops = count.training_flops(config)
     devices = setup.mesh.devices.flat[0]
-    mesh = " x ".join(f"{name}={size}" for name, size in setup.mesh.shape.items() if size > 1) or "one device"
     moved = sum(math.prod(leaf.shape) for path, leaf in sharding.flat(setup.shapes.params).items() if path in setup.moving)
     still = "" if moved == counted.total else f"; {moved:,} of them move"
     return (f"model: {counted.total:,} parameters, {counted.active:,} active for a token (of these {counted.embedding:,} "
             f"in embedding and head){still}; {flops / 1e6:.1f} MFLOP a token in training\n"
-            f"devices: {setup.mesh.size} {devices.platform} ({mesh}); compute type {config.train.dtype}")
+            f"devices: {setup.mesh.size} {devices.platform} ({sharding.in_words(setup.mesh)}); compute type "
+            f"{config.train.dtype}")

@@ -43,7 +43,7 @@ def get_config():
 def test_held_bytes_are_those_that_the_arrays_take_on_the_fullest_device(mesh):
     setup = set_up(dataclasses.replace(tiny_config(), mesh=mesh))
     state = setup.initialise()
-    told = memory.held(setup.shapes, setup.shardings)
+    told = memory.held(setup)
     taken = [max(shard.data.nbytes for shard in leaf.addressable_shards) for leaf in jax.tree.leaves(state)]
     assert sorted(one.bytes for one in told) == sorted(taken)
     assert [one.bytes for one in told] == sorted(taken, reverse=True)
@@ -53,17 +53,13 @@ def test_held_bytes_are_those_that_the_arrays_take_on_the_fullest_device(mesh):
 
 def test_what_the_state_needs_is_counted_to_the_byte():
     setup = set_up(tiny_config())
-    told = memory.held(setup.shapes, setup.shardings)
+    told = memory.held(setup)
     state = sum(one.bytes for one in told)
-    memory.check_state(setup.shapes, setup.shardings, setup.mesh, state)
-    memory.check_state(setup.shapes, setup.shardings, setup.mesh, None)
+    memory.check_state(setup, state)
+    memory.check_state(setup, None)
     with pytest.raises(UserError, match="on each device, .* now data=8.* Largest: params/.*float32") as raised:
-        memory.check_state(setup.shapes, setup.shardings, setup.mesh, state - 1)
+        memory.check_state(setup, state - 1)
     assert told[0].name in str(raised.value)
-
-
-def check_step(setup, compile_step, left):
-    memory.check_step(compile_step, setup.shapes, setup.shardings, setup.mesh, lambda: left)
 
 
 @pytest.mark.slow
@@ -71,10 +67,10 @@ def test_a_compiled_step_is_held_against_what_is_left():
     setup = set_up(tiny_config())
     compiled = setup.train_step.lower(setup.initialise(), setup.put(tiny_batch(setup.config))).compile()
     temporaries = compiled.memory_analysis().temp_size_in_bytes
-    check_step(setup, lambda: compiled, 2 * temporaries)
-    check_step(setup, lambda: compiled, None)
+    memory.check_step(setup, lambda: compiled, lambda: 2 * temporaries)
+    memory.check_step(setup, lambda: compiled, lambda: None)
     with pytest.raises(UserError, match="a train step needs .*config.train.microbatches.*Largest: "):
-        check_step(setup, lambda: compiled, temporaries // 2)
+        memory.check_step(setup, lambda: compiled, lambda: temporaries // 2)
 
 
 def test_what_the_compiler_refuses_is_told_alike():
@@ -83,9 +79,9 @@ def test_what_the_compiler_refuses_is_told_alike():
 
     setup = set_up(tiny_config())
     with pytest.raises(UserError, match="RESOURCE_EXHAUSTED: Ran out of memory; fewer rows .*Largest: "):
-        check_step(setup, lambda: refuse("RESOURCE_EXHAUSTED: Ran out of memory\nProgram hbm"), 1)
+        memory.check_step(setup, lambda: refuse("RESOURCE_EXHAUSTED: Ran out of memory\nProgram hbm"), lambda: 1)
     with pytest.raises(jax.errors.JaxRuntimeError):
-        check_step(setup, lambda: refuse("INTERNAL: something else"), 1)
+        memory.check_step(setup, lambda: refuse("INTERNAL: something else"), lambda: 1)
 
 
 def test_memory_of_the_machine(tmp_path):
