@@ -3,7 +3,7 @@
 Command   XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 python -m moejax.main --config=experiments/bench_1b_active.py --mode=benchmark
 Hardware  one H200 (93 GB at the peak); for less memory set config.train.remat, or fewer sequences
 Time      a minute, half of it compiling
-Result    74,315 tokens a second, 0.441 s a step; see benchmarks/README.md
+Result    75,470 tokens a second, 0.434 s a step; see benchmarks/README.md
 """
 
 from moejax import config

@@ -3,9 +3,9 @@
 Command   python -m experiments.multitask.prepare runs/multitask/data
           python -m moejax.main --config=experiments/multitask/mixed.py --workdir=runs/multitask/sparse
           (and mixed.py:dense, mixed.py:knowing); README.md beside this file has what follows
-Hardware  2 CPU cores
-Time      not measured yet; meant for about 20 minutes
-Result    not run to its end yet
+Hardware  2 CPU cores or any GPU
+Time      1 to 3 minutes on an H200 that nine runs share; CPUTIME
+Result    mean held-out loss over tasks and three seeds 2.2325, dense 2.2513, knowing 2.2205; README.md
 """
 
 from moejax import config

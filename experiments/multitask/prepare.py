@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,14 +40,14 @@ def strings(wheel: zipfile.ZipFile, language: str) -> dict[tuple[str, ...], str]
     return found
 
 
-def interface() -> dict[str, dict[tuple[str, ...], str]]:
-    """The strings of all languages, from the wheel that pip fetches."""
+def interface(languages: Iterable[str]) -> dict[str, dict[tuple[str, ...], str]]:
+    """The strings of these languages, from the wheel that pip fetches."""
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:",
                         "--python-version=3.14", "-d", folder, "homeassistant==2026.2.3"], check=True)
         path, = Path(folder).glob("*.whl")
         with zipfile.ZipFile(path) as wheel:
-            return {language: strings(wheel, language) for language in LANGUAGES}
+            return {language: strings(wheel, language) for language in languages}
 
 
 def usable(text: str) -> bool:
@@ -64,7 +64,7 @@ def translations(found: dict[str, dict[tuple[str, ...], str]], language: str) ->
 
 def tasks() -> dict[str, list[tuple[bool, Record]]]:
     """(whether it is held out, record) of every record of each task."""
-    found, rng = interface(), random.Random(0)
+    found, rng = interface(LANGUAGES), random.Random(0)
     rows = {"sentiment": [(held_out(text), {"text": text, "label": label}) for text, label in snippets()],
             "german": [(held_out(en), {"en": en, "de": de}) for en, de in translations(found, "de")], "language": []}
     for language, name in LANGUAGES.items():

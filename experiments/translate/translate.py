@@ -1,0 +1,53 @@
+"""English user-interface strings into German, French and Spanish by one encoder-decoder with experts.
+
+Command   python -m experiments.translate.prepare runs/translate/data
+          python -m moejax.main --config=experiments/translate/translate.py --workdir=runs/translate/all
+          (and translate.py:dense, translate.py:german and so on); README.md beside this file has what follows
+Hardware  2 CPU cores
+Time      README.md
+Result    README.md
+"""
+
+from moejax import config
+
+DATA = "runs/translate/data"
+LANGUAGES = {"german": ("German", "de"), "french": ("French", "fr"), "spanish": ("Spanish", "es")}
+STEPS = 9000
+
+
+def task(name: str) -> dict[str, str]:
+    """One language's pairs, with its prefix."""
+    language, field = LANGUAGES[name]
+    return {"source": f"{DATA}/{name}_train.jsonl", "eval_source": f"{DATA}/{name}_eval.jsonl", "objective": "seq2seq",
+            "input": f"translate to {language}: {{en}}", "target": f"{{{field}}}"}
+
+
+def get_config(form: str = "all"):
+    """4 layers of width 192 that read and 4 that write, every second with 8 experts of which 2 see a token.
+
+    `all` learns the languages together, `dense` too, with as many operations and no experts; the name of a language learns
+    that one alone, in a third of the steps.
+    """
+    if form not in ("all", "dense", *LANGUAGES):
+        raise ValueError(f"{form!r} is none of all, dense, {', '.join(LANGUAGES)}")
+    c = config.default()
+    c.model.kind = "encoder_decoder"
+    c.model.update(dict(vocab_size=4000, layers=4, encoder_layers=4, embed=192, heads=6, kv_heads=6, head_dim=32, ffn=512,
+                        dropout=0.15))
+    c.moe.update(dict(every=2, ffn=256, num_experts=8, experts_per_token=2))
+    c.data.task = {"tasks": {name: task(name) for name in LANGUAGES if form in ("all", "dense", name)},
+                   "rates": "temperature", "temperature": 2.0}
+    c.data.source_length = c.data.length = 32
+    c.data.batch_size = 64
+    c.data.eval_batch_size = 64
+    c.optimizer.learning_rate = 2e-3
+    c.optimizer.warmup_steps = 200
+    c.optimizer.weight_decay = 0.01
+    c.train.finetune = {"metric": "tasks/loss"}
+    c.train.steps = STEPS if form in ("all", "dense") else STEPS // len(LANGUAGES)
+    c.train.log_every = 50
+    c.train.eval_every = 1500
+    c.train.checkpoint_every = 1500
+    if form == "dense":
+        c.moe.every = 0
+    return c
