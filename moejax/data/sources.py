@@ -4,6 +4,9 @@
                                 and `.tsv` too, with names of fields in the first one; any other suffix is one document a
                                 file; `.gz` and `.zst` are unpacked on the way
     package:NAME/GLOB           the same inside an installed Python package, which is not imported
+    pairs:FILE,FILE             two files (or package:NAME/FILE) whose lines of equal number belong together, such as
+                                pairs:train.en,train.de.gz: a record each, with fields named after the suffixes, `en` and
+                                `de`, or if these are the same after the files or their folders
     tfds:NAME[/CONFIG][:SPLIT]  TensorFlow Datasets without TensorFlow, e.g. tfds:tfds_sotu or tfds:lm1b:train[:10%];
                                 kept as array_record under TFDS_DATA_DIR (~/tensorflow_datasets by default)
 """
@@ -15,6 +18,7 @@ import gzip
 import hashlib
 import importlib
 import importlib.util
+import itertools
 import os
 import re
 import zlib
@@ -81,6 +85,8 @@ def documents(source: str, text_key: str) -> Iterator[str]:
 
 def records(source: str) -> Iterator[Record]:
     """Every record of a source in a fixed order. Raises `UserError` if nothing is found or a file cannot be read."""
+    if source.startswith("pairs:"):
+        return _from_pair(*files(source), source)
     return _from_tfds(source) if source.startswith("tfds:") else _from_files(files(source))
 
 
@@ -115,7 +121,11 @@ def field(record: Record, name: str, key: str) -> str:
 
 
 def files(source: str) -> list[Path]:
-    """The files of a path, glob or `package:` spec, sorted. Raises UserError if there is none."""
+    """The files of a path, glob or `package:` spec, sorted, or the two of a `pairs:` spec. Raises UserError if there is
+    none.
+    """
+    if source.startswith("pairs:"):
+        return _pair(source)
     pattern = _package_pattern(source) if source.startswith("package:") else os.path.expanduser(source)
     try:
         names = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
@@ -193,6 +203,54 @@ def _from_table(path: Path, delimiter: str) -> Iterator[Record]:
                 yield Record(where, {} if problem else dict(zip(names, row)), problem)
     except csv.Error as error:
         raise UserError(f"{path}, line {rows.line_num}: {error}; repair the line") from error
+
+
+def _pair(source: str) -> list[Path]:
+    sides = source.removeprefix("pairs:").split(",")
+    check(len(sides) == 2 and all(sides), f"{source!r} must have the form pairs:FILE,FILE; no path may hold a comma")
+    found = [files(side) for side in sides]
+    for side, paths in zip(sides, found):
+        check(len(paths) == 1, f"{source!r}: {side} matches {len(paths)} files; name one")
+    return [path for path, in found]
+
+
+def _from_pair(first: Path, second: Path, source: str) -> Iterator[Record]:
+    """A record for each pair of lines. Lines that are empty on both sides are left out."""
+    paths = first, second
+    plain = [path.with_suffix("") if path.suffix in (".gz", ".zst") else path for path in paths]
+    choices = ([path.suffix.removeprefix(".") for path in plain], [path.stem for path in plain],
+               [path.parent.name for path in plain])
+    names = next((names for names in choices if all(names) and names[0] != names[1]), None)
+    check(names is not None, f"{source!r}: nothing tells the names of the two fields apart; give the files suffixes, as in "
+          "train.en and train.de")
+    sides = [_lines(path) for path in paths]
+    for number, lines in enumerate(itertools.zip_longest(*sides), 1):
+        if None not in lines:
+            yield from _of_lines(paths, names, lines, number)
+            continue
+        longer = lines.index(None) ^ 1
+        counts = [number - 1, number - 1]
+        counts[longer] += 1 + sum(1 for _ in sides[longer])
+        for surplus in range(number, counts[longer] + 1):
+            yield Record(f"{paths[longer]}, line {surplus}", {}, f"belongs to no line of the other file, as {first} has "
+                         f"{counts[0]:,} lines and {second} {counts[1]:,}; give files with as many lines")
+
+
+def _of_lines(paths: tuple[Path, Path], names: list[str], lines: tuple[bytes, bytes], number: int) -> Iterator[Record]:
+    texts = []
+    for path, line in zip(paths, lines):
+        where = f"{path}, line {number}"
+        try:
+            texts.append(_decode(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line, where).removesuffix("\r"))
+        except UserError as error:
+            yield Record(where, {}, str(error).removeprefix(f"{where}: "))
+            return
+    empty = [not text.strip() for text in texts]
+    if any(empty) and not all(empty):
+        yield Record(f"{paths[empty.index(True)]}, line {number}", {}, "is empty, but that of "
+                     f"{paths[empty.index(False)]} is not; give both a text, or set config.data.on_bad_record=skip")
+    elif not any(empty):
+        yield Record(f"{paths[0]}, line {number}", dict(zip(names, texts)))
 
 
 def _chunks(path: Path) -> Iterator[bytes]:

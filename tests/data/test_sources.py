@@ -9,7 +9,7 @@ import zstandard
 
 from moejax.config import UserError
 from moejax.data import sources
-from moejax.data.sources import digest, documents, files, identity
+from moejax.data.sources import digest, documents, files, identity, records
 
 TEXTS = ["first line\nsecond\r\n", "  \ttwo\n\n", "Grüße, 世界 \U0001f600 \u2028 \u2581", "x" * 3_000_000 + "é"]
 PACK = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}
@@ -178,3 +178,63 @@ def test_json_that_python_cannot_hold_names_its_line(tmp_path, line, said):
 def test_a_name_that_no_file_can_have_is_not_found(source):
     with pytest.raises(UserError, match="no file matches"):
         files(source)
+
+
+EN, DE = ["one", " two\u2028 ", "", "four"], ["eins", "zwei", " ", "vier"]
+
+
+@pytest.mark.parametrize("suffix", PACK)
+@pytest.mark.parametrize("end", ("\n", "\r\n"))
+def test_lines_of_two_files_are_pairs(tmp_path, suffix, end):
+    (tmp_path / f"a.en{suffix}").write_bytes(PACK[suffix](end.join(EN).encode("utf-8-sig")))
+    (tmp_path / "b.de").write_bytes("".join(line + end for line in DE).encode())
+    found = list(records(f"pairs:{tmp_path}/a.en{suffix},{tmp_path}/b.de"))
+    assert [dict(record.fields) for record in found] == [{"en": EN[n], "de": DE[n]} for n in (0, 1, 3)]
+    assert not any(record.problem for record in found) and found[-1].where == f"{tmp_path / 'a.en'}{suffix}, line 4"
+
+
+@pytest.mark.parametrize("paths, names", [
+    (("a.en.gz", "b.de"), {"en", "de"}), (("source.txt", "target.txt.zst"), {"source", "target"}),
+    (("en/train.txt", "de/train.txt"), {"en", "de"}), (("train.v.en", "train.v.de"), {"en", "de"}),
+    (("train", "train.de"), {"train_"})])
+def test_fields_of_pairs_are_named_after_the_files(tmp_path, paths, names):
+    for path in paths:
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_bytes(PACK["." + path.rpartition(".")[2] if path.endswith(("gz", "zst")) else ""](b"a"))
+    source = "pairs:" + ",".join(str(tmp_path / path) for path in paths)
+    if names == {"train_"}:  # both files are called train in the same folder, and one has no suffix
+        with pytest.raises(UserError, match="nothing tells the names of the two fields apart"):
+            list(records(source))
+    else:
+        assert [set(record.fields) for record in records(source)] == [names]
+
+
+def test_what_is_wrong_with_one_line_of_a_pair_names_its_file(tmp_path):
+    (tmp_path / "a.en").write_bytes(b"one\n\xff\n\nfour\n")
+    (tmp_path / "a.de").write_bytes(b"eins\nzwei\ndrei\n  \nfunf\nsechs\n")
+    found = list(records(f"pairs:{tmp_path}/a.en,{tmp_path}/a.de"))
+    assert [(record.where.rpartition("/")[2], record.problem and record.problem.split()[0]) for record in found] == [
+        ("a.en, line 1", None), ("a.en, line 2", "not"), ("a.en, line 3", "is"), ("a.de, line 4", "is"),
+        ("a.de, line 5", "belongs"), ("a.de, line 6", "belongs")]
+    assert f"{tmp_path}/a.en has 4 lines and {tmp_path}/a.de 6" in found[-1].problem
+
+
+@pytest.mark.parametrize("source, said", [
+    ("pairs:a.en", "must have the form pairs:FILE,FILE"), ("pairs:a,b,c", "must have the form"),
+    ("pairs:,a.en", "must have the form"), ("pairs:HERE/a.en,HERE/none", "no file matches"),
+    ("pairs:HERE/a.*,HERE/a.de", "matches 2 files; name one"), ("pairs:HERE/a.en,tfds:x", "no file matches")])
+def test_specs_of_pairs_that_are_none(tmp_path, source, said):
+    for name in ("a.en", "a.de"):
+        (tmp_path / name).write_text("text")
+    with pytest.raises(UserError, match=said):
+        files(source.replace("HERE", str(tmp_path)))
+
+
+def test_the_identity_of_a_pair_is_that_of_both_files_in_order(tmp_path):
+    one, two = tmp_path / "a.en", tmp_path / "a.de"
+    for path in (one, two):
+        path.write_text("text")
+    first = identity(f"pairs:{one},{two}")
+    assert first == [*identity(str(one)), *identity(str(two))] != identity(f"pairs:{two},{one}")
+    two.write_text("more")
+    assert identity(f"pairs:{one},{two}") != first
