@@ -31,7 +31,7 @@ from moejax.metrics.text import scorers, text_metrics
 from moejax.mixture import number, part, parts
 from moejax.models import transformer
 from moejax.models.tasks import for_task
-from moejax.task import PAIRS, Task, window_of
+from moejax.task import PAIRS, Task, normal, window_of
 from moejax.train import benchmark as timing
 from moejax.train import loop, memory
 from moejax.train import replay as replaying
@@ -281,6 +281,7 @@ def continuations(model: Any, variables: Any, mesh: Mesh | None, tokenizer: Any,
     resolved config.
     """
     separator, task = tokenizer.separator_id, config.data.task
+    prompts = [normal(task, prompt) for prompt in prompts]
     if task.data == PAIRS:
         encoded = tokenizer.frame_batch(prompts)
     else:

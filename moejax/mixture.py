@@ -146,12 +146,15 @@ def number(config: Config, name: str | None) -> int:
 
 
 def rates(mixture: Mixture, rows: Sequence[int]) -> tuple[float, ...]:
-    """The share of each task in the rows that are drawn, given how many rows it has; they sum to 1."""
+    """The share of each task in the rows that are drawn, given how many rows it has; they sum to 1.
+
+    What `samplings` makes of one example counts as one.
+    """
     if mixture.rates == "fixed":
         weights = [task.rate for task in mixture.tasks.values()]
     else:
-        most = max(rows)
-        weights = [(count / most)**(1 / mixture.temperature) for count in rows]
+        counts = [count / task.samplings for count, task in zip(rows, mixture.tasks.values(), strict=True)]
+        weights = [(count / max(counts))**(1 / mixture.temperature) for count in counts]
     return tuple(weight / sum(weights) for weight in weights)
 
 

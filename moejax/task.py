@@ -5,6 +5,7 @@
 
 import dataclasses
 import string
+import unicodedata
 from functools import lru_cache
 
 from moejax.config import DataConfig, ModelConfig, build_group, check, key, table
@@ -69,6 +70,18 @@ class Task:
     whole_words: bool = key(False, "masked_lm: choose words with all their tokens")
     noise_density: float = key(0.15, "span_corruption: share of the tokens that is cut out", low=0.01, high=0.9)
     mean_span: float = key(3.0, "span_corruption: mean tokens of a span", low=1)
+    normalize: str = key("none", "form of Unicode that all texts get, labels and prompts too; none leaves them as they "
+                         "are, nfkc also writes letters of equal meaning in one way", choices=("none", "nfc", "nfkc"))
+    collapse_space: bool = key(False, "white space of all texts becomes one blank between words, and none around them")
+    deduplicate: bool = key(False, "training examples that were there before (text and target or label) are left out")
+    input_mask_rate: float = key(0.0, "training, objectives that hide nothing themselves: share of the tokens of the input "
+                                 "that the tokenizer's mask, else its unknown token, stands in for; targets and special "
+                                 "tokens stay", low=0, high=1)
+    samplings: int = key(1, "training, SentencePiece only: each example is stored so many times, each time cut into tokens "
+                         "in a way that is drawn (1804.10959), so an epoch is as many times as long; 1 draws nothing",
+                         low=1, high=1000)
+    sampling_alpha: float = key(0.1, "samplings: share of the merges that are left out (BPE, 1910.13267), or the power to "
+                                "which the probability of a way is taken (unigram)", low=0, high=1)
     source: str | None = key(None, "a task of a mixture: its text, as config.data.source names some")
     eval_source: str | None = key(None, "a task of a mixture: its held-out text; None holds out config.data.eval_fraction")
     text_key: str | None = key(None, "a task of a mixture: field that holds the text; None takes config.data.text_key")
@@ -95,6 +108,8 @@ class Task:
                 "regression": ("loss", "spearman", "pearson")}[self.objective]
 
 
+ADDED = ("normalize", "collapse_space", "deduplicate", "input_mask_rate", "samplings", "sampling_alpha")
+"""Options that data prepared by earlier versions does not know, which is that of their defaults."""
 OF_MIXTURES = ("source", "eval_source", "text_key", "rate")
 """Options that a task has only among others; see `moejax.mixture`."""
 
@@ -108,12 +123,23 @@ def resolve(given: "Task | dict | None", model: ModelConfig, where: str = "confi
     task = build_group(Task, {"objective": usual, **(given or {})}, where)
     for name in ("input", "target"):
         fields_of(getattr(task, name), f"{where}.{name}")
+    if task.labels:
+        task = dataclasses.replace(task, labels=tuple(normal(task, label) for label in task.labels))
     check(not task.labels or len(set(task.labels)) == len(task.labels), f"{where}.labels={task.labels} names a label twice")
     check(task.class_weights is None or task.objective == "classification", f"{where}.class_weights has no effect on "
           f"{task.objective}; leave it out")
     check(task.class_weights is None or (task.labels is not None and len(task.labels) == len(task.class_weights)),
           f"{where}.class_weights needs as many {where}.labels, in the same order")
+    hides = {"masked_lm": "mask_rate", "span_corruption": "noise_density", "ul2": "objective"}.get(task.objective)
+    check(not (task.input_mask_rate and hides), f"{where}.input_mask_rate={task.input_mask_rate}: "
+          f"{where}.objective={task.objective} hides tokens itself, by {where}.{hides}; leave it out")
     return task
+
+
+def normal(task: Task, text: str) -> str:
+    """A text as `normalize` and `collapse_space` want it."""
+    text = text if task.normalize == "none" else unicodedata.normalize(task.normalize.upper(), text)
+    return " ".join(text.split()) if task.collapse_space else text
 
 
 def fields_of(template: str, where: str) -> list[str]:

@@ -34,6 +34,8 @@ def test_rates():
     assert mixture.rates(task("temperature", 2.0), rows) == pytest.approx(roots / roots.sum())
     assert mixture.rates(task("temperature", 1e9), rows) == pytest.approx([1 / 3] * 3, rel=1e-6)
     assert mixture.rates(task("fixed", weights=(2.0, 1.0, 5.0)), rows) == pytest.approx((0.25, 0.125, 0.625))
+    assert mixture.rates(config({name: TEXT | {"samplings": n} for name, n in zip("abc", (1, 2, 3))}).data.task, rows
+                         ) == pytest.approx(np.array((6, 1, 4)) / 11)
 
 
 def test_a_stored_config_is_the_same_again_whatever_the_order_of_its_tasks():

@@ -5,10 +5,14 @@ import json
 import numpy as np
 import pytest
 
+from moejax import commands
+from moejax.config import build
+from moejax.data.tokenizers import ByteTokenizer
 from moejax.evaluation.labels import label_metrics
 from moejax.main import main
 from moejax.metrics.record import read
 from moejax.metrics.text import text_metrics
+from moejax.models import transformer
 
 CONFIG = """\
 from moejax import config
@@ -92,3 +96,12 @@ def test_metrics_by_hand():
     assert label_metrics("regression", np.array([[1.0]]), np.array([10.0])) == {}
     one = label_metrics("multi_label", np.array([[1.0], [1], [-1]]), np.array([[1.0], [0], [1]]))
     assert one["precision"] == [0.5] and one["recall"] == [0.5]
+
+
+@pytest.mark.parametrize("objective", ("next_token", "seq2seq"))
+def test_prompts_get_the_form_of_the_texts(objective, monkeypatch):
+    monkeypatch.setattr(commands, "written", lambda model, variables, mesh, tokenizer, config, encoded: encoded)
+    for task, seen in (({}, " cafe\u0301\n"), ({"normalize": "nfc", "collapse_space": True}, "caf\u00e9")):
+        own = transformer.resolve(build({"data": {"task": {"objective": objective, **task}}}))
+        ids, = commands.continuations(None, None, None, ByteTokenizer(), own, [" cafe\u0301\n"])
+        assert ByteTokenizer().decode(ids) == seen

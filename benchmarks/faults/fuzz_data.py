@@ -30,6 +30,8 @@ TASKS = (None, {"objective": "seq2seq", "input": "{text} {deep.answers.0.text}"}
          {"objective": "classification", "input": "{text}"},
          {"objective": "multi_label", "input": "{text}", "label": "labels"},
          {"objective": "regression", "input": "{text}", "label": "number"},
+         {"objective": "seq2seq", "input": "{text}", "normalize": "nfkc", "collapse_space": True, "deduplicate": True,
+          "input_mask_rate": 0.5},
          {"tasks": {"a": {"source": "FILE"}, "b": {"objective": "seq2seq", "source": "FILE", "input": "{text}"}}})
 
 
@@ -121,7 +123,10 @@ def tokenizer(given: tuple[str, dict[str, bytes]], folder: Path) -> Callable[[],
         made.frame_batch([record["text"] for record in RECORDS[:3]] + ["\u2581ä\U0001f600\0 ", ""])
         made.decode(range(0, made.vocab_size))
         made.word_starts()
-        made.named(("<s>", "[MASK]"))
+        made.named(("<s>", "[MASK]", "<unk>"))
+        made.controls()
+        if (sampling := made.sampling(0.5, 1)) is not None:
+            sampling.encode_batch([record["text"] for record in RECORDS[:3]] + ["\u2581ä\U0001f600\0 ", ""])
         load_tokenizer(own).encode_batch(["a b"])
 
     def careful() -> None:
@@ -218,11 +223,33 @@ def archives(draw: st.DrawFn) -> tuple[str, bytes, Any, str]:
     return f"t{kind}{suffix}", content, draw(st.sampled_from(TASKS)), draw(st.sampled_from(("error", "skip")))
 
 
+@st.composite
+def aligned(draw: st.DrawFn) -> tuple[dict[str, bytes], str]:
+    """Two files of lines that belong together, one of which is wrong, and what becomes of bad lines."""
+    files = {}
+    for name, field in (("t.en", "text"), ("t.de", "target")):
+        suffix, end = draw(st.sampled_from(("", ".gz", ".zst"))), draw(st.sampled_from(("\n", "\r\n")))
+        lines = [record[field] for record in RECORDS] + draw(st.lists(TEXT, max_size=2))
+        files[name + suffix] = packed(suffix, end.join(lines).encode("utf-8", "surrogatepass"))
+    name = draw(st.sampled_from(sorted(files)))
+    return files | {name: draw(damaged(files[name]))}, draw(st.sampled_from(("error", "skip")))
+
+
+def pair(given: tuple[dict[str, bytes], str], folder: Path) -> Callable[[], Any]:
+    """Two files of lines that belong together, prepared."""
+    files, bad = given
+    write(folder, files)
+    config = config_for({"objective": "seq2seq", "input": "{en}", "target": "{de}"},
+                        "pairs:" + ",".join(str(folder / name) for name in files), on_bad_record=bad)
+    return lambda: prepare(config, folder / "data", lambda line: None)
+
+
 SPECS = st.one_of(
     TEXT.filter(lambda text: not text.startswith(("~", "."))), TEXT.map(lambda text: f"package:{text}"),
     TEXT.map(lambda text: f"HERE/{text}"), st.sampled_from((
-        "HERE", "HERE/*", "HERE/**/*.jsonl", "HERE/a.txt/b", "HERE/*\0/*", "HERE/[", "HERE/[!", "package:", "package:a",
-        "package:/x",
+        "HERE", "HERE/*", "pairs:", "pairs:,", "pairs:HERE/a.txt", "pairs:HERE/a.txt,HERE/b.jsonl",
+        "pairs:HERE/a.txt,HERE/a.txt", "pairs:HERE/*,HERE/*", "pairs:pairs:HERE/a.txt,HERE/b.jsonl", "pairs:a\0,HERE/[",
+        "HERE/**/*.jsonl", "HERE/a.txt/b", "HERE/*\0/*", "HERE/[", "HERE/[!", "package:", "package:a", "package:/x",
         "package:sys/x", "package:json/nothing*", "package:json/../json/__init__.py", "package:a..b/x", "package:.a/x",
         "package:__main__/x", "package:os.path/x", "package:json.tool.x/y", "package:numpy.nothing/x", "package:a\0b/x",
         "package:json/\0*/x", "/dev/null", "/dev/zero", "HERE/\ud800*/x")))
@@ -230,6 +257,7 @@ SPECS = st.one_of(
 
 READERS = {
     "texts": Reader(archives(), texts, share=4),
+    "pairs": Reader(aligned(), pair),
     "sources": Reader(SPECS, spec),
     "tokenizers": Reader(st.deferred(tokenizer_files), tokenizer, share=3),
     "prepared data": Reader(st.deferred(prepared_files), prepared, share=3),

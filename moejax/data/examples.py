@@ -2,6 +2,7 @@
 
 import math
 import string
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ import numpy as np
 
 from moejax.config import Config, UserError, check
 from moejax.data import sources
-from moejax.task import PAIRS, TEXT, Task
+from moejax.task import PAIRS, TEXT, Task, normal
 
 
 class Example(NamedTuple):
@@ -31,19 +32,24 @@ class Reader:
 
     Args:
       config: `data.task`, `data.text_key` and `data.on_bad_record`.
+
+    Attributes:
+      left_out: why each bad record was left out.
+      unwanted: how many good examples whoever reads did not take, by reason.
     """
 
     def __init__(self, config: Config):
         self.task, self.text_key = config.data.task, config.data.text_key
         self.skips = config.data.on_bad_record == "skip"
         self.left_out: list[str] = []
+        self.unwanted: Counter[str] = Counter()
 
     def read(self, source: str) -> Iterator[Example]:
         """The examples of a source. Raises `UserError` on a bad record, unless these are left out, or if there is none."""
         found = 0
         if self.task.data == TEXT and not self.skips:
             for text in sources.documents(source, self.text_key):
-                yield Example(text)
+                yield Example(normal(self.task, text))
             return
         for record in sources.records(source):
             try:
@@ -64,10 +70,10 @@ class Reader:
         if task.data == TEXT:
             text = sources.field(record, sources.WHOLE_FILE if record.whole else self.text_key, "config.data.text_key")
             check(bool(text.strip()), f"{record.where}: the text is empty")
-            return Example(text)
-        text = fill(record, task.input, f"{key}.input")
+            return Example(normal(task, text))
+        text = normal(task, fill(record, task.input, f"{key}.input"))
         if task.data == PAIRS:
-            return Example(text, fill(record, task.target, f"{key}.target"))
+            return Example(text, normal(task, fill(record, task.target, f"{key}.target")))
         return Example(text, label=read_label(record, task))
 
 
@@ -112,7 +118,7 @@ def read_label(record: sources.Record, task: Task) -> Any:
     fitting = isinstance(value, (list, tuple)) if several else not isinstance(value, (list, tuple, dict, type(None)))
     check(fitting, f"{record.where}: field {task.label!r} holds {value!r}, which is no "
           + ("list of labels" if several else "label"))
-    names = tuple(sorted({str(name) for name in value})) if several else (str(value),)
+    names = tuple(sorted({normal(task, str(name)) for name in value})) if several else (normal(task, str(value)),)
     for name in names:
         check(task.labels is None or name in task.labels, f"{record.where}: label {name!r} is none of "
               f"config.data.task.labels={', '.join(task.labels or ())}")

@@ -126,8 +126,8 @@ def rows_of_tasks(prepared: Prepared, config: Config, split: str) -> dict[str, R
     own = parts(config)
     check(set(own) == (set(prepared.tasks) or {""}), f"{prepared.folder}: holds prepared data of other tasks; delete the "
           "folder and start again")
-    found = {name: make_rows(getattr(prepared.tasks[name] if name else prepared, split), prepared.tokenizer, each)
-             for name, each in own.items()}
+    found = {name: make_rows(getattr(prepared.tasks[name] if name else prepared, split), prepared.tokenizer, each,
+                             training=split == "train") for name, each in own.items()}
     if not isinstance(config.data.task, Mixture):
         return found
     blank = {}

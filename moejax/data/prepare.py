@@ -16,6 +16,8 @@ A prepared folder, of a mixture that of each task in a folder of its name, holds
 `fingerprint` decides whether the folder is used again. It covers the keys below, the size of the vocabulary, the seed,
 and of the sources and a tokenizer file only names, sizes and times of change, so that a second start reads no text.
 `content` is a hash of all documents, in order, with their split and the tokenizer: equal on machines with equal data.
+
+With `samplings` every training example is there so many times, each time cut into other tokens, and so counts as documents.
 """
 
 import contextlib
@@ -40,7 +42,7 @@ from moejax.data.prepared import REFERENCES, SPLITS, Prepared, load_prepared, re
 from moejax.data.specials import special_ids
 from moejax.data.tokenizers import Tokenizer, make_tokenizer, tokenizer_files
 from moejax.mixture import parts, resolve
-from moejax.task import LABELS, OF_MIXTURES, PAIRS, TEXT, reserved_ids, window_of
+from moejax.task import ADDED, LABELS, OF_MIXTURES, PAIRS, TEXT, Task, reserved_ids, window_of
 
 FORMAT = {TEXT: 2, PAIRS: 3, LABELS: 2}
 """Raise it when the same config would give other files."""
@@ -55,7 +57,8 @@ def prepare(config: Config, folder: Path, say: Callable[[str], None] = print, co
     """Makes the prepared folder, or uses the one that is there if it was made of the same data in the same way.
 
     Documents are held out by a hash of their text, so copies of one document are on the same side; with
-    config.data.eval_source, training documents that also occur there are left out. The training documents are shuffled
+    config.data.eval_source, training documents that also occur there, those of pairs or with labels by their input, are
+    left out. The training documents are shuffled
     once by config.seed (if config.data.shuffle); the held-out ones keep the order of their source.
 
     The folder is built beside its place and moved there when it is whole, so whatever goes wrong leaves an old one as it
@@ -81,9 +84,10 @@ def prepare(config: Config, folder: Path, say: Callable[[str], None] = print, co
         say(f"data: {folder} is up to date")
         return load_prepared(folder)
     with writing(folder), _beside(folder) as new:
-        tokenizer, found = _tokenizer(own, new, say), {}
+        tokenizer, found, taken = _tokenizer(own, new, say), {}, {}
         for name, each in own.items():
             with _of_task(name):
+                _take_ids(each, tokenizer, taken)
                 found[name] = _build(each, new / name, name, tokenizer, say)
         whole = found.get("") or _hash(found)
         summary = read_json(new / "summary.json") or {"tasks": list(own)}
@@ -135,10 +139,23 @@ def _tokenizer(configs: Mapping[str, Config], folder: Path, say: Callable[[str],
     return tokenizer
 
 
+def _take_ids(config: Config, tokenizer: Tokenizer, taken: dict[int, bool]) -> None:
+    """Notes the ids that a task needs beside those of text, and whether it hides input behind them.
+
+    Raises:
+      UserError: the model has no room for them, or they mean something else in a task before.
+    """
+    task = config.data.task
+    hides = task.input_mask_rate > 0
+    for token in special_ids(tokenizer, task, window_of(config.data, config.model.kind), config.model.vocab_size):
+        check(taken.setdefault(token, hides) == hides, "config.data.task.input_mask_rate has no token of its own beside "
+              f"objectives that cut out spans, as config.data.tokenizer={config.data.tokenizer} has no mask and no unknown "
+              "token; leave it out, or take another tokenizer")
+
+
 def _build(config: Config, folder: Path, name: str, tokenizer: Tokenizer, say: Callable[[str], None]) -> str:
     """Fills the folder of one task; returns the hash of its data. The only task has the name ""."""
     begin, task, where = time.monotonic(), config.data.task, f"data: {name + ': ' if name else ''}"
-    special_ids(tokenizer, task, window_of(config.data, config.model.kind), config.model.vocab_size)  # raises without room
     if name:
         folder.mkdir()
         tokenizer.save(folder)
@@ -146,9 +163,13 @@ def _build(config: Config, folder: Path, name: str, tokenizer: Tokenizer, say: C
     lengths, labels, text_bytes, content = _tokenise(config, tokenizer, reader, folder, say)
     if reader.left_out:
         say(f"{where}{len(reader.left_out):,} records left out; the first: {reader.left_out[0]}")
+    for reason, count in reader.unwanted.items():
+        say(f"{where}{count:,} training examples left out, as {reason}")
     names = name_labels(config, labels) if task.data == LABELS else ()
     for split in SPLITS:
         order = np.arange(len(lengths[split]))
+        if split == "train":
+            order = order.reshape(-1, task.samplings).T.ravel()  # none comes again before all have come
         if split == "train" and config.data.shuffle:
             order = np.random.default_rng(config.seed).permutation(order)
         for name in (split, f"{split}_target"):
@@ -161,7 +182,8 @@ def _build(config: Config, folder: Path, name: str, tokenizer: Tokenizer, say: C
     write_json(folder / "summary.json", {"content": content, "labels": names, **counts})
     for split, count in counts.items():
         say(f"{where}{split}: {count['documents']:,} documents, {count['bytes'] / 1e6:.2f} MB, {count['tokens']:,} tokens"
-            + (f", {count['target_tokens']:,} in targets" if task.data == PAIRS else ""))
+            + (f", {count['target_tokens']:,} in targets" if task.data == PAIRS else "")
+            + (f" (each document {task.samplings} times)" if split == "train" and task.samplings > 1 else ""))
     say(f"{where}prepared in {time.monotonic() - begin:.1f} s")
     return content
 
@@ -184,7 +206,8 @@ def _hash(parts: Any) -> str:
 
 
 def _fingerprint_of_one(config: Config) -> str:
-    task = {name: value for name, value in dataclasses.asdict(config.data.task).items() if name not in OF_MIXTURES}
+    task = {name: value for name, value in dataclasses.asdict(config.data.task).items()
+            if name not in OF_MIXTURES and not (name in ADDED and value == getattr(Task, name))}
     data = {key: getattr(config.data, key) for key in KEYS} | {"task": task}
     named = [name for name in (config.data.source, config.data.eval_source) if name is not None]
     found = [sources.identity(name) for name in [*named, *map(str, tokenizer_files(config.data.tokenizer))]]
@@ -197,17 +220,29 @@ def _fingerprint_of_one(config: Config) -> str:
 
 def _split(config: Config, reader: Reader) -> Iterator[tuple[str, Example]]:
     """(split, example) of every document, in the order of the source, with eval_source first."""
-    data, held_out = config.data, set()
+    data, held_out, seen = config.data, set(), set()
     if data.eval_source is not None:
         for example in reader.read(data.eval_source):
             held_out.add(bytes.fromhex(sources.digest(example.text)))
             yield "eval", example
     for example in reader.read(data.source):
         digest = sources.digest(example.text)
-        if data.eval_source is None:
-            yield "eval" if int(digest[:8], 16) / 2**32 < data.eval_fraction else "train", example
-        elif bytes.fromhex(digest) not in held_out:
+        if data.eval_source is None and int(digest[:8], 16) / 2**32 < data.eval_fraction:
+            yield "eval", example
+        elif bytes.fromhex(digest) in held_out:
+            reader.unwanted["their input is held out"] += 1
+        elif data.task.deduplicate and _again(example, seen):
+            reader.unwanted["they were there before"] += 1
+        else:
             yield "train", example
+
+
+def _again(example: Example, seen: set[bytes]) -> bool:
+    """Whether an example was seen before; from now on it was."""
+    digest = bytes.fromhex(sources.digest(repr(example)))
+    again = digest in seen
+    seen.add(digest)
+    return again
 
 
 def _tokenise(config: Config, tokenizer: Tokenizer, reader: Reader, folder: Path, say: Callable[[str], None],
@@ -220,33 +255,29 @@ def _tokenise(config: Config, tokenizer: Tokenizer, reader: Reader, folder: Path
     task, dtype = config.data.task, _dtype(tokenizer)
     names = [f"{split}{part}" for split in SPLITS for part in ("", "_target") if part == "" or task.data == PAIRS]
     lengths, labels = {name: [] for name in names}, {split: [] for split in SPLITS}
-    text_bytes, references = dict.fromkeys(SPLITS, 0), []
+    text_bytes, references, ways = dict.fromkeys(SPLITS, 0), [], {"train": _ways(tokenizer, config), "eval": [tokenizer]}
     content = hashlib.md5((folder / "tokenizer_config.json").read_bytes(), usedforsecurity=False)
     begin = said = time.monotonic()
     with contextlib.ExitStack() as stack:
         raw = {name: stack.enter_context(open(folder / f"{name}.raw", "wb")) for name in names}
         held_out_text = stack.enter_context(open(folder / "eval.utf8.part", "wb"))
         for batch in _batches(_split(config, reader)):
-            texts = [example.text for _, example in batch]
-            parts = {"": [[tokenizer.separator_id, *ids] for ids in tokenizer.encode_batch(texts)] if task.data == TEXT
-                     else tokenizer.frame_batch(texts)}
-            if task.data == PAIRS:
-                targets = tokenizer.encode_batch([example.target for _, example in batch])
-                parts["_target"] = [[*ids, tokenizer.separator_id] for ids in targets]
-            for number, (split, example) in enumerate(batch):
+            found = {split: [_encode(way, task, [example for of, example in batch if of == split]) for way in ways[split]]
+                     for split in SPLITS}
+            for split, example in batch:
                 data = example.text.encode("utf-8")
-                text_bytes[split] += len(data)
+                text_bytes[split] += len(data) * len(ways[split])
                 if split == "eval":
                     held_out_text.write(data)
                     references += [] if example.target is None else [example.target]
                 content.update(f"{split} {len(data)} ".encode() + data)
-                for part, rows in parts.items():
-                    tokens = np.array(rows[number], dtype)
+                for part, rows in (item for parts in found[split] for item in parts.items()):
+                    tokens = np.array(next(rows), dtype)
                     raw[split + part].write(tokens)
                     lengths[split + part].append(len(tokens))
                     content.update(tokens)
                 if example.label is not None:
-                    labels[split].append(example.label)
+                    labels[split] += [example.label] * len(ways[split])
                     content.update(repr(example.label).encode())
             if time.monotonic() - said > SAY_SECONDS:
                 said = time.monotonic()
@@ -260,6 +291,28 @@ def _tokenise(config: Config, tokenizer: Tokenizer, reader: Reader, folder: Path
           f"config.data.eval_fraction={config.data.eval_fraction} or set config.data.eval_source")
     check(bool(lengths["train"]), f"{where}: no document is left for training; take more text, or less held out")
     return lengths, labels, text_bytes, content.hexdigest()
+
+
+def _ways(tokenizer: Tokenizer, config: Config) -> list[Tokenizer]:
+    """With each of which every training example is tokenised. Raises `UserError` if one is to draw but cannot."""
+    task = config.data.task
+    if task.samplings == 1:
+        return [tokenizer]
+    found = [tokenizer.sampling(task.sampling_alpha, draw) for draw in range(task.samplings)]
+    check(None not in found, f"config.data.task.samplings={task.samplings}: config.data.tokenizer={config.data.tokenizer} "
+          "cuts a text in one way only; leave it out, or take a SentencePiece model of BPE or unigrams")
+    return found
+
+
+def _encode(tokenizer: Tokenizer, task: Task, examples: list[Example]) -> dict[str, Iterator[list[int]]]:
+    """Tokens of the texts, and of their targets if there are any, as they are stored."""
+    texts = [example.text for example in examples]
+    parts = {"": ([tokenizer.separator_id, *ids] for ids in tokenizer.encode_batch(texts)) if task.data == TEXT
+             else iter(tokenizer.frame_batch(texts))}
+    if task.data == PAIRS:
+        targets = tokenizer.encode_batch([example.target for example in examples])
+        parts["_target"] = ([*ids, tokenizer.separator_id] for ids in targets)
+    return parts
 
 
 def _batches(items: Iterable[tuple[str, Example]]) -> Iterator[list[tuple[str, Example]]]:

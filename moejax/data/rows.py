@@ -48,10 +48,23 @@ class Layout(NamedTuple):
     start_id: int
 
 
-def make_rows(stream: TokenStream, tokenizer: Tokenizer, config: Config) -> Rows:
-    """The rows of a split for the objective in config.data.task. Raises `UserError` if there is nothing to tell."""
+def make_rows(stream: TokenStream, tokenizer: Tokenizer, config: Config, training: bool = False) -> Rows:
+    """The rows of a split for the objective in config.data.task, in training with hidden input if the task wants that.
+
+    Raises `UserError` if there is nothing to tell.
+    """
     task = resolve(config.data.task, config.model)
-    data = dataclasses.replace(config.data, task=task)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, task=task))
+    rows, rate = _make_rows(stream, tokenizer, config), task.input_mask_rate
+    if not (training and rate):
+        return rows
+    hidden_id, = special_ids(tokenizer, task, window_of(config.data, config.model.kind), config.model.vocab_size)
+    controls = tokenizer.controls()
+    return Rows(rows.count, lambda index, rng: with_hidden(rows.make(index, rng), controls, hidden_id, rate, rng))
+
+
+def _make_rows(stream: TokenStream, tokenizer: Tokenizer, config: Config) -> Rows:
+    data, task = config.data, config.data.task
     design, both = config.model.architecture, config.model.kind == "encoder_decoder"
     layout = Layout(both, data.length, data.encoder_length, getattr(design, "start_token", 0))
     needed = {LABELS: stream.labels, PAIRS: stream.target}.get(task.data, stream)
@@ -79,6 +92,26 @@ def make_rows(stream: TokenStream, tokenizer: Tokenizer, config: Config) -> Rows
     check(starts_V is not None, f"config.data.task.whole_words: config.data.tokenizer={data.tokenizer} does not tell where "
           "words begin; set it to False")
     return Rows(count, lambda index, rng: masked(packed(index), starts_V, separator, mask_id, task.mask_rate, rng))
+
+
+def with_hidden(row: Row, controls: list[int], hidden_id: int, rate: float, rng: np.random.Generator) -> Row:
+    """A row of whose input each token is hidden with probability `rate`, behind another id.
+
+    The input is what an encoder reads; of a decoder its prefix, or where there is none all that it reads, but never what it
+    is to tell.
+
+    Args:
+      row: as an objective makes it.
+      controls: ids that are not hidden.
+      hidden_id: the other id.
+      rate: from 0 to 1.
+      rng: draws.
+    """
+    part = "source_" if "source_tokens" in row else ""
+    tokens_L = row[f"{part}tokens"]
+    may_L = row["prefix"] if "prefix" in row else row[f"{part}segments"] > 0
+    hidden_L = may_L & ~np.isin(tokens_L, controls) & (rng.random(len(tokens_L)) < rate)
+    return row | {f"{part}tokens": np.where(hidden_L, np.int32(hidden_id), tokens_L)}
 
 
 def masked(row: Row, starts_V: np.ndarray, separator_id: int, mask_id: int, rate: float, rng: np.random.Generator) -> Row:

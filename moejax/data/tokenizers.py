@@ -6,10 +6,7 @@ every document; `encode` never yields it, whatever the text says.
 
 import contextlib
 import dataclasses
-import heapq
-import io
 import json
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,11 +16,8 @@ import numpy as np
 from moejax.bounded import parse_json, read_file
 from moejax.config import UserError, check, nearest
 from moejax.data import sources
+from moejax.data.pieces import train
 
-TRAINING_BYTES = 64 << 20
-"""Text on which a SentencePiece model is trained at most; of a larger corpus it sees a uniform sample of documents."""
-SENTENCE_LETTERS = 1000
-"""The trainer ignores lines of over 4,192 bytes, so longer ones are cut; a letter has 4 bytes at most."""
 META = "\u2581"
 """SentencePiece's stand-in for a blank. In text it would come back as a blank, so it is spelt in bytes."""
 SEPARATORS = ("<s>", "<bos>", "[BOS]", "<|begin_of_text|>", "<|startoftext|>", "<|endoftext|>", "</s>", "<eos>",
@@ -59,6 +53,13 @@ class ByteTokenizer:
         """Which ids begin a word, bool; None if that cannot be told."""
         return None
 
+    def controls(self) -> list[int]:
+        """Ids that stand for no text."""
+        return [self.separator_id]
+
+    def sampling(self, alpha: float, draw: int) -> None:
+        """The tokenizer that cuts texts at random, or None if it cannot."""
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids. Separators and unknown ids are dropped; broken UTF-8 becomes U+FFFD."""
         return bytes(token for token in map(int, ids) if token < 256).decode("utf-8", errors="replace")
@@ -70,13 +71,23 @@ class ByteTokenizer:
 
 @dataclasses.dataclass(frozen=True)
 class SentencePieceTokenizer:
-    """A SentencePiece model. `meta_ids` spells `META` in byte tokens, for models that can keep every text as it is."""
+    """A SentencePiece model.
+
+    Attributes:
+      name, vocab_size, separator_id, processor: of the model.
+      meta_ids: spell `META` in byte tokens, in models that can keep every text as it is.
+      alpha: None, or texts are cut at random: without this share of the merges (BPE-dropout, Provilkov et al. 2020, arXiv
+        1910.13267), or in a unigram model by the probabilities of the ways to this power (Kudo 2018, arXiv 1804.10959).
+      draw: how often each text was cut before; how it is cut is a function of the text and this number.
+    """
 
     name: str
     vocab_size: int
     separator_id: int
     processor: Any
     meta_ids: tuple[int, ...]
+    alpha: float | None = None
+    draw: int = 0
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without special tokens."""
@@ -85,8 +96,18 @@ class SentencePieceTokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each text."""
         if not self.meta_ids or not any(META in text for text in texts):
-            return self.processor.encode(list(texts))
-        return [self._spell_meta(self.processor.encode(text.split(META))) for text in texts]
+            return self._cut(texts)
+        return [self._spell_meta(self._cut(text.split(META))) for text in texts]
+
+    def _cut(self, texts: Sequence[str]) -> list[list[int]]:
+        return self.processor.encode(list(texts)) if self.alpha is None else list(map(self._cut_at_random, texts))
+
+    def _cut_at_random(self, text: str) -> list[int]:
+        import sentencepiece
+
+        seed = int(sources.digest(f"{self.draw} {text}")[:8], 16) >> 1  # the largest of 32 bits would mean any seed
+        sentencepiece.set_random_generator_seed(seed)
+        return self.processor.encode(text, enable_sampling=True, nbest_size=-1, alpha=self.alpha)
 
     def _spell_meta(self, parts: list[list[int]]) -> list[int]:
         return [token for n, part in enumerate(parts) for token in (*(self.meta_ids if n else ()), *part)]
@@ -99,12 +120,26 @@ class SentencePieceTokenizer:
 
     def named(self, names: Sequence[str]) -> list[int | None]:
         """Ids of special tokens; None where there is no such token."""
-        found = [self.processor.piece_to_id(name) for name in names]
-        return [None if token == self.processor.unk_id() else token for token in found]
+        found, unknown = [self.processor.piece_to_id(name) for name in names], self.processor.unk_id()
+        return [None if token == unknown and name != self.processor.id_to_piece(unknown) else token
+                for token, name in zip(found, names)]
 
     def word_starts(self) -> np.ndarray | None:
         """Which ids begin a word, bool; None if that cannot be told."""
         return _word_starts([self.processor.id_to_piece(token) for token in range(self.vocab_size)])
+
+    def controls(self) -> list[int]:
+        """Ids that stand for no text."""
+        return [token for token in range(self.vocab_size) if self.processor.is_control(token)]
+
+    def sampling(self, alpha: float, draw: int) -> "SentencePieceTokenizer | None":
+        """The tokenizer that cuts texts at random, or None if it cannot."""
+        found = dataclasses.replace(self, alpha=alpha, draw=draw)
+        try:
+            found.encode("a")
+        except RuntimeError:  # a model of words or of letters
+            return None
+        return found
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids. Separators and unknown ids are dropped; broken UTF-8 becomes U+FFFD."""
@@ -150,6 +185,14 @@ class HuggingFaceTokenizer:
         """Which ids begin a word, bool; None if that cannot be told."""
         return _word_starts([self.backend.id_to_token(token) or "" for token in range(self.vocab_size)])
 
+    def controls(self) -> list[int]:
+        """Ids that stand for no text."""
+        added = self.backend.get_added_tokens_decoder()
+        return sorted({self.separator_id} | {token for token, meaning in added.items() if meaning.special})
+
+    def sampling(self, alpha: float, draw: int) -> None:
+        """The tokenizer that cuts texts at random, or None if it cannot, for what this package draws has no seed."""
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids. Separators and unknown ids are dropped."""
         with _as_user_error(f"{self.name}: this tokenizer cannot decode"):
@@ -180,7 +223,7 @@ def make_tokenizer(spec: str, vocab_size: int, training_documents: Iterable[str]
     if spec == "bytes":
         tokenizer = ByteTokenizer()
     elif spec == "sentencepiece":
-        tokenizer = _sentencepiece(_train(training_documents, vocab_size), spec)
+        tokenizer = _sentencepiece(train(training_documents, vocab_size), spec)
     else:
         tokenizer = _from_file(tokenizer_files(spec)[0])
     check(tokenizer.vocab_size <= vocab_size,
@@ -310,52 +353,3 @@ def _named(path: Path, role: str) -> tuple[str, ...]:
         return ()
     token = token.get("content") if isinstance(token, dict) else token
     return (token,) if isinstance(token, str) else ()
-
-
-def _train(training_documents: Iterable[str], vocab_size: int) -> bytes:
-    """A SentencePiece BPE model that gives every text back unchanged; the same documents give the same bytes."""
-    import sentencepiece
-
-    # Pieces that cross words or punctuation give fewer tokens (by 11 % and 1 %), yet a small dense model had more bits
-    # per byte with them after 150 equal steps on the default source: 1.95 and 1.92 against 1.87. And a prompt that ends
-    # with a whole word is then cut otherwise than in training. So both stay apart, as the trainer has it by default.
-    chosen = _sample(training_documents, TRAINING_BYTES)
-    check(bool(chosen), "no training documents to train the tokenizer on; check config.data.source")
-    model = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_sentences(chosen), model_writer=model, model_type="bpe", vocab_size=vocab_size,
-            byte_fallback=True, character_coverage=0.9999, normalization_rule_name="identity",
-            remove_extra_whitespaces=False, add_dummy_prefix=False,
-            user_defined_symbols=["\n", "\n\n", "\t"], unk_id=0, bos_id=1, eos_id=-1, pad_id=-1, num_threads=1,
-            minloglevel=2)
-    except RuntimeError as error:
-        raise UserError(f"config.model.vocab_size={vocab_size} does not suit the training split: "
-                        + _advice(str(error))) from error
-    return model.getvalue()
-
-
-def _advice(message: str) -> str:
-    """The SentencePiece trainer's complaint in our words."""
-    if most := re.search(r"Please set it to a value <= (\d+)", message):
-        return f"it has text for {most[1]} pieces; set {most[1]} or less, or take more text"
-    if least := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
-        return f"letters and bytes alone take {least[1]} pieces; set more, or config.data.tokenizer=bytes"
-    return f"SentencePiece says: {message.rpartition(']')[2].strip() or message}"
-
-
-def _sample(documents: Iterable[str], limit: int) -> list[str]:
-    """All documents if they have at most `limit` bytes, else those with the smallest hashes up to `limit`."""
-    heap, size = [], 0
-    for number, text in enumerate(documents):
-        heapq.heappush(heap, (-int(sources.digest(text)[8:16], 16), number, text))
-        size += len(text.encode("utf-8"))
-        while size > limit and len(heap) > 1:
-            size -= len(heapq.heappop(heap)[2].encode("utf-8"))
-    return [text for _, _, text in sorted(heap, key=lambda entry: entry[1])]
-
-
-def _sentences(documents: Iterable[str]) -> Iterator[str]:
-    for text in documents:
-        for line in text.split("\n"):
-            yield from (line[start:start + SENTENCE_LETTERS] for start in range(0, len(line), SENTENCE_LETTERS))

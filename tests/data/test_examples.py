@@ -140,3 +140,53 @@ def test_targets_of_a_prepared_folder(tmp_path):
             number = int(prepared.tokenizer.decode(split.document(i)).split()[1])
             target = split.target.document(i)
             assert prepared.tokenizer.decode(target) == str(number**2) and target[-1] == prepared.tokenizer.separator_id
+
+
+def test_files_of_unequal_lengths_are_an_error_or_their_surplus_is_left_out(tmp_path):
+    (tmp_path / "a.en").write_text("one\ntwo\nthree\nfour\n")
+    (tmp_path / "a.de").write_text("eins\nzwei\n")
+    source = f"pairs:{tmp_path}/a.en,{tmp_path}/a.de"
+    task = {"objective": "seq2seq", "input": "to German: {en}", "target": "{de}"}
+    with pytest.raises(UserError, match=r"a.en, line 3: .*a.en has 4 lines and .*a.de 2;"):
+        list(reader(task).read(source))
+    lenient = reader(task, on_bad_record="skip")
+    assert [(e.text, e.target) for e in lenient.read(source)] == [
+        ("to German: one", "eins"), ("to German: two", "zwei")]
+    assert [line.partition(":")[0].rpartition("/")[2] for line in lenient.left_out] == ["a.en, line 3", "a.en, line 4"]
+    with pytest.raises(UserError, match="a.en, line 1: no field 'text'; set config.data.task.input to one of en, de"):
+        list(reader({"objective": "seq2seq"}).read(source))
+
+
+ODD = "  \ufb01ne\u2028 cafe\u0301\t\u00a0"
+FORMS = {("none", False): ODD, ("nfc", False): "  \ufb01ne\u2028 caf\u00e9\t\u00a0",
+         ("nfkc", False): "  fine\u2028 caf\u00e9\t ", ("none", True): "\ufb01ne cafe\u0301",
+         ("nfc", True): "\ufb01ne caf\u00e9", ("nfkc", True): "fine caf\u00e9"}
+
+
+@pytest.mark.parametrize("normalize, collapse_space", FORMS)
+def test_texts_targets_and_labels_get_the_wanted_form(tmp_path, normalize, collapse_space):
+    wanted = FORMS[normalize, collapse_space]
+    path = write(tmp_path / "a.jsonl", [{"text": ODD, "target": ODD, "label": ODD, "labels": [ODD, wanted]}])
+    (tmp_path / "a.txt").write_text(ODD)
+    form = {"normalize": normalize, "collapse_space": collapse_space}
+    for source in (path, str(tmp_path / "a.txt")):
+        for bad in ("error", "skip"):
+            example, = reader({"objective": "next_token", **form}, on_bad_record=bad).read(source)
+            assert example.text == wanted
+    example, = reader({"objective": "seq2seq", **form}).read(path)
+    assert (example.text, example.target) == (wanted, wanted)
+    example, = reader({"objective": "classification", "labels": [ODD, "b"], **form}).read(path)
+    assert example.label == wanted
+    example, = reader({"objective": "multi_label", "label": "labels", **form}).read(path)
+    assert example.label == tuple(sorted({ODD, wanted} if wanted == ODD else {wanted}))
+
+
+def test_labels_of_one_form_are_one_label():
+    with pytest.raises(UserError, match="names a label twice"):
+        reader({"objective": "classification", "labels": ["caf\u00e9", "cafe\u0301"], "normalize": "nfc"})
+
+
+@pytest.mark.parametrize("kind, objective", [("encoder", "masked_lm"), ("decoder", "ul2"), ("decoder", "span_corruption")])
+def test_objectives_that_hide_tokens_themselves_take_no_other_rate(kind, objective):
+    with pytest.raises(UserError, match=f"objective={objective} hides tokens itself"):
+        resolve({"objective": objective, "input_mask_rate": 0.1}, build({"model": {"kind": kind}}).model)

@@ -184,3 +184,55 @@ def test_the_tokenizer_is_trained_on_the_texts_of_all_tasks(tmp_path):
     assert {"xy", "qr"} <= pieces
     loader = open_loader(prepared, cfg)
     assert next(loader)["tokens"].shape == (BATCH, 12)
+
+
+AUGMENTED = {"input_mask_rate": 0.3, "samplings": 2, "sampling_alpha": 0.4}
+
+
+def of_augmented(folder, alone, **changes):
+    """Pairs with all that is drawn in training, alone or beside text; and the same without."""
+    tree = default()
+    tree.data.update(dict(batch_size=BATCH, tokenizer="sentencepiece", length=24, eval_fraction=0.3))
+    tree.model.update(dict(vocab_size=290, max_length=40))
+    pairs = {"objective": "seq2seq", "input": "{text} and {square}", "target": "{square}", **changes}
+    source = f"{folder}/pairs.jsonl"
+    tree.data.task = pairs if alone else {"tasks": {
+        "squares": pairs | {"source": source}, "words": {"source": f"{folder}/text.jsonl", "text_key": "body"}}}
+    tree.data.source = source
+    return transformer.resolve(build(tree))
+
+
+@pytest.mark.parametrize("alone", (True, False))
+def test_what_is_drawn_in_training_is_drawn_again_after_a_stop_and_never_in_evaluation(records, tmp_path, alone):
+    cfg, plain = of_augmented(records, alone, **AUGMENTED), of_augmented(records, alone)
+    prepared = prepare(cfg, tmp_path / "data", say=lambda line: None)
+    whole = take(open_loader(prepared, cfg), 9)
+    own = np.array([0, 2, 5])
+    first = open_loader(prepared, cfg)
+    take(first, 4)
+    restored = open_loader(load_prepared(tmp_path / "data"), cfg, own)
+    restored.set_state(json.loads(json.dumps(first.get_state())))
+    assert same(take(restored, 5), [{key: array[own] for key, array in batch.items()} for batch in whole[4:]])
+    unknown = prepared.tokenizer.named(["<unk>"])[0]
+    assert sum((batch["tokens"] == unknown).sum() for batch in whole) > 20
+    without = prepare(plain, tmp_path / "plain", say=lambda line: None)
+    for name, rows in rows_of_tasks(prepared, cfg, "eval").items():
+        assert same(list(eval_batches(rows, cfg)), list(eval_batches(rows_of_tasks(without, plain, "eval")[name], plain)))
+
+
+def test_samples_of_one_example_count_as_one_in_the_rates(records, tmp_path):
+    loaders = []
+    for n, options in enumerate(({}, {"samplings": 3})):
+        cfg = of_augmented(records, alone=False, **options)
+        prepared = prepare(cfg, tmp_path / str(n), say=lambda line: None)
+        loaders.append(open_loader(prepared, cfg))
+        assert len(rows_of_tasks(prepared, cfg, "train")) == 2
+    assert loaders[0].rates == pytest.approx(loaders[1].rates)
+
+
+def test_a_token_that_hides_input_may_mean_nothing_else_in_another_task(records, tmp_path):
+    spans = {"source": f"{records}/text.jsonl", "objective": "span_corruption", "text_key": "body"}
+    pairs = {"source": f"{records}/pairs.jsonl", "objective": "seq2seq", "target": "{square}", "input_mask_rate": 0.1}
+    with pytest.raises(UserError, match="task squares: config.data.task.input_mask_rate has no token of its own"):
+        prepare(settings(tasks={"squares": pairs, "spans": spans}), tmp_path / "data", say=lambda line: None)
+    assert not (tmp_path / "data").exists()

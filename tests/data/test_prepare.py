@@ -1,6 +1,7 @@
 """The split, the streams on disk and their reuse, held to laws; the baselines, to their definitions."""
 
 import collections
+import dataclasses
 import json
 import lzma
 import math
@@ -14,6 +15,7 @@ from moejax.data import baselines
 from moejax.data import prepare as module
 from moejax.data.prepare import prepare
 from moejax.data.prepared import load_prepared
+from moejax.task import ADDED, resolve
 
 TEXTS = [f"document {n}: " + "word " * (n % 7) + "é" * (n % 3) for n in range(90)]
 TEXTS += TEXTS[:30]  # copies
@@ -181,3 +183,106 @@ def test_baselines_are_what_they_say(corpus, tmp_path):
     assert known == {"xz_bits_per_byte": xz, "unigram_bits_per_byte": baselines.unigram_bits_per_byte(prepared)}
     (tmp_path / "out" / "baselines.json").write_text("{")
     assert baselines.xz_bits_per_byte(prepared) == xz
+
+
+PAIRED = [{"text": f"number {n % 50}", "target": f"word {n % 25}", "label": "ab"[n % 2]} for n in range(100)]
+OBJECTIVES = {"next_token": {}, "seq2seq": {}, "classification": {"head": "classes", "classes": 2}}
+
+
+def records(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def prepared_for(objective, source, folder, say=quiet, seed=3, vocab_size=300, data=(), **task):
+    return prepare(build({"seed": seed, "model": {"vocab_size": vocab_size, **OBJECTIVES[objective]}, "data": {
+        "source": source, "tokenizer": "bytes", "eval_fraction": 0.3, "task": {"objective": objective, **task},
+        **dict(data)}}), folder, say)
+
+
+def examples(prepared, split):
+    """Every example of a split, in its order, as texts."""
+    stream, decode = getattr(prepared, split), prepared.tokenizer.decode
+    return [(decode(stream.document(i)), decode(stream.target.document(i)) if stream.target else None,
+             None if stream.labels is None else int(stream.labels[i])) for i in range(stream.documents)]
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_an_example_comes_once_in_training_if_that_is_wanted(tmp_path, objective):
+    rows = [*PAIRED, {"text": "number 7", "target": "other", "label": "a"}]
+    source, said = records(tmp_path / "a.jsonl", rows), []
+    plain = prepared_for(objective, source, tmp_path / "plain")
+    once = prepared_for(objective, source, tmp_path / "once", said.append, deduplicate=True)
+    assert examples(once, "eval") == examples(plain, "eval")
+    counts = collections.Counter(examples(plain, "train"))
+    assert max(counts.values()) > 1 and collections.Counter(examples(once, "train")) == dict.fromkeys(counts, 1)
+    same_input = [example for example in counts if example[0] == "number 7"]
+    assert len(same_input) == (1 if objective == "next_token" else 2)  # another target or label is another example
+    assert f"data: {counts.total() - len(counts)} training examples left out, as they were there before" in said
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_inputs_that_are_held_out_are_not_in_training_and_are_counted(tmp_path, objective):
+    held_out = records(tmp_path / "b.jsonl", [*PAIRED[:5], {"text": "number\t9", "target": "new", "label": "b"}])
+    said = []
+    prepared = prepared_for(objective, records(tmp_path / "a.jsonl", PAIRED), tmp_path / "data", said.append,
+                            data={"eval_source": held_out}, collapse_space=True)
+    assert {text for text, *_ in examples(prepared, "train")} == {f"number {n}" for n in range(50) if n > 4 and n != 9}
+    assert "data: 12 training examples left out, as their input is held out" in said
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_each_example_is_stored_as_often_as_it_is_sampled(tmp_path, objective):
+    source, more = records(tmp_path / "a.jsonl", PAIRED), {"data": {"tokenizer": "sentencepiece", "shuffle": False}}
+    plain = prepared_for(objective, source, tmp_path / "plain", vocab_size=290, **more)
+    many = prepared_for(objective, source, tmp_path / "many", vocab_size=290, samplings=3, sampling_alpha=0.5, **more)
+    assert examples(many, "train") == examples(plain, "train") * 3, "each comes again after all have come"
+    assert many.train.bytes == 3 * plain.train.bytes
+    np.testing.assert_array_equal(many.eval.tokens, plain.eval.tokens)
+    count, differ = plain.train.documents, 0
+    for i in range(count):
+        ways = {tuple(many.train.document(n).tolist()) for n in (i, i + count, i + 2 * count)}
+        assert all(many.tokenizer.decode(way) == many.tokenizer.decode(plain.train.document(i)) for way in ways)
+        assert all((many.tokenizer.separator_id in way) and way.count(many.tokenizer.separator_id) == 1 for way in ways)
+        differ += len(ways) > 1
+    assert differ > count // 2 and many.content != plain.content
+
+
+def test_samples_depend_on_the_texts_alone(corpus, tmp_path, monkeypatch):
+    def made(name, **more):
+        return prepared_for("next_token", corpus, tmp_path / name, vocab_size=290, samplings=2,
+                            data={"tokenizer": "sentencepiece", "shuffle": False}, **more)
+
+    first = made("a")
+    monkeypatch.setattr(module, "BATCH_DOCUMENTS", 7)
+    other = made("b", seed=4)
+    np.testing.assert_array_equal(first.train.tokens, other.train.tokens)
+    assert first.content == other.content
+    further = made("c", sampling_alpha=0.9)
+    assert len(further.train.tokens) > len(first.train.tokens)  # fewer merges
+
+
+def test_a_tokenizer_that_cannot_sample_is_named(corpus, tmp_path):
+    backend = tokenizers.Tokenizer(tokenizers.models.WordPiece({"[UNK]": 0, "[SEP]": 1, "a": 2}, unk_token="[UNK]"))
+    backend.save(str(tmp_path / "pieces.json"))
+    for tokenizer in ("bytes", str(tmp_path / "pieces.json")):
+        with pytest.raises(UserError, match="samplings=2: config.data.tokenizer=.* cuts a text in one way only"):
+            prepared_for("next_token", corpus, tmp_path / "out", samplings=2, data={"tokenizer": tokenizer})
+        assert not (tmp_path / "out").exists()
+
+
+def test_only_options_that_are_set_tell_data_from_that_of_earlier_versions(corpus, monkeypatch):
+    def task(**options):
+        seen = []
+        monkeypatch.setattr(module, "_hash", lambda known: seen.append(known) or "")
+        cfg = config(corpus)
+        task = resolve({"objective": "next_token", **options}, cfg.model)
+        module._fingerprint({"": dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, task=task))})
+        return seen[0][1]["task"]
+
+    assert not set(task()) & set(ADDED)
+    changed = {"normalize": "nfc", "collapse_space": True, "deduplicate": True, "input_mask_rate": 0.1, "samplings": 2,
+               "sampling_alpha": 0.2}
+    assert set(changed) == set(ADDED)
+    for name, value in changed.items():
+        assert task(**{name: value}) == {**task(), name: value}

@@ -150,3 +150,68 @@ def test_special_ids_lie_behind_the_tokenizers_or_are_its_own():
 def test_whole_words_need_a_tokenizer_that_knows_them():
     with pytest.raises(UserError, match="does not tell where words begin"):
         make_rows(stream(), ByteTokenizer(), config("encoder", "masked_lm", whole_words=True))
+
+
+class WithUnknown(ByteTokenizer):
+    """Bytes, of which 250 is the unknown token and 0 to 4 are special."""
+
+    def named(self, names):
+        return [{"<unk>": 250}.get(name) for name in names]
+
+    def controls(self):
+        return [0, 1, 2, 3, 4, SEPARATOR]
+
+
+def augmented(objective, kind, rate, **more):
+    """Rows of a split as training has them, and as they are."""
+    cfg = config(kind, objective, input_mask_rate=rate)
+    return [make_rows(more["stream"], more["tokenizer"], cfg, training) for training in (True, False)]
+
+
+def streams():
+    plain = stream(2000)
+    target = TokenStream(plain.tokens[::-1].copy(), np.arange(0, 2000, 10), 2000, 200)
+    return {"next_token": plain, "prefix_lm": plain, "seq2seq": stream(2000, target=target),
+            "classification": stream(2000, labels=np.arange(200, dtype=np.int32))}
+
+
+HIDING = [(objective, kind) for objective in streams() for kind in OBJECTIVES[objective].kinds]
+
+
+@pytest.mark.parametrize("objective, kind", HIDING)
+@pytest.mark.parametrize("tokenizer, hidden", ((ByteTokenizer(), 257), (WithUnknown(), 250)))
+def test_a_share_of_the_input_is_hidden_in_training_and_nothing_else(objective, kind, tokenizer, hidden):
+    trained, plain = augmented(objective, kind, 0.25, stream=streams()[objective], tokenizer=tokenizer)
+    part, seen, gone = "source_" if kind == "encoder_decoder" else "", 0, 0
+    for i in range(plain.count):
+        row, before = (rows.make(i, np.random.default_rng(i)) for rows in (trained, plain))
+        assert row.keys() == before.keys() and all(row[key].dtype == before[key].dtype for key in row)
+        for key in row:
+            if key != f"{part}tokens":
+                np.testing.assert_array_equal(row[key], before[key])
+        tokens_L, before_L = row[f"{part}tokens"], before[f"{part}tokens"]
+        changed_L = tokens_L != before_L
+        assert (tokens_L[changed_L] == hidden).all()
+        free_L = (before["prefix"] if "prefix" in row else before[f"{part}segments"] > 0) & ~np.isin(
+            before_L, tokenizer.controls())
+        assert not changed_L[~free_L].any(), "special tokens, padding and what is told stay"
+        seen, gone = seen + free_L.sum(), gone + changed_L.sum()
+    assert gone / seen == pytest.approx(0.25, abs=4 * np.sqrt(0.25 * 0.75 / seen) + 0.01) and seen > 300
+    last = trained.make(trained.count, np.random.default_rng(0))
+    assert not any(array.any() for array in last.values())
+
+
+def test_the_whole_input_or_none_is_hidden():
+    for rate in (0.0, 1.0):
+        trained, plain = augmented("seq2seq", "encoder_decoder", rate, stream=streams()["seq2seq"],
+                                   tokenizer=ByteTokenizer())
+        row, before = (rows.make(3, np.random.default_rng(0)) for rows in (trained, plain))
+        text_L = (before["source_segments"] > 0) & (before["source_tokens"] != SEPARATOR)
+        np.testing.assert_array_equal(row["source_tokens"], np.where(text_L & (rate == 1), 257, before["source_tokens"]))
+
+
+def test_what_hides_input_needs_a_token_or_room_for_one():
+    assert special_ids(ByteTokenizer(), Task("seq2seq", input_mask_rate=0.1), 24, 300) == [257]
+    assert special_ids(WithUnknown(), Task("seq2seq", input_mask_rate=0.1), 24, 257) == [250]
+    with pytest.raises(UserError, match="input_mask_rate=0.1 needs 1 ids .* config.model.vocab_size=258 or more"):
+        special_ids(ByteTokenizer(), Task("seq2seq", input_mask_rate=0.1), 24, 257)

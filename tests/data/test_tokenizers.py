@@ -43,6 +43,11 @@ def made(request, tmp_path_factory):
     return make_tokenizer(str(spec), 350, iter(CORPUS), folder), folder
 
 
+@pytest.fixture(scope="module")
+def pieces(tmp_path_factory):
+    return make_tokenizer("sentencepiece", 350, iter(CORPUS), tmp_path_factory.mktemp("pieces"))
+
+
 def test_odd_texts_come_back_alone_and_in_a_batch(made):
     tokenizer, folder = made
     ids = tokenizer.encode_batch(ODD)
@@ -78,16 +83,6 @@ def test_training_is_a_function_of_the_documents_and_shortens_them(tmp_path):
     (tmp_path / "c").mkdir()
     copied = make_tokenizer(str(tmp_path / "a" / "tokenizer.model"), 350, iter(()), tmp_path / "c")
     assert copied.encode_batch(ODD) == tokenizer.encode_batch(ODD)
-
-
-def test_a_large_corpus_is_sampled_the_same_way_in_any_order(tmp_path, monkeypatch):
-    limit = sum(map(len, CORPUS)) // 2
-    monkeypatch.setattr("moejax.data.tokenizers.TRAINING_BYTES", limit)
-    seen = []
-    monkeypatch.setattr("moejax.data.tokenizers._sentences", lambda chosen: seen.append(chosen) or iter(CORPUS))
-    for corpus in (CORPUS, CORPUS[::-1]):
-        make_tokenizer("sentencepiece", 350, iter(corpus), tmp_path)
-    assert sorted(seen[0]) == sorted(seen[1]) and limit * 0.9 < sum(map(len, seen[0])) <= limit
 
 
 @pytest.mark.parametrize("ids, separator", [((1, 2), 1), ((-1, 1), 1), ((2, 1), 2), ((-1, -1), None)])
@@ -191,3 +186,40 @@ def test_the_file_that_says_which_tokenizer_it_is_may_be_damaged(tmp_path, conte
     (tmp_path / "tokenizer_config.json").write_text(content)
     with pytest.raises(UserError, match=r"tokenizer_config\.json: missing or broken"):
         load_tokenizer(tmp_path)
+
+
+@hypothesis.settings(max_examples=60, deadline=None)
+@hypothesis.given(text=texts, draw=strategies.integers(0, 5))
+def test_every_way_in_which_a_text_is_cut_gives_it_back(pieces, text, draw):
+    sampling = pieces.sampling(0.5, draw)
+    for given in (text, *ODD):
+        ids, = sampling.encode_batch([given])
+        assert pieces.decode(ids) == given and pieces.separator_id not in ids
+        assert sampling.encode(given) == ids == pieces.sampling(0.5, draw).encode_batch(["other", given])[1]
+    assert [sampling.encode(given) for given in ODD] == sampling.encode_batch(ODD)
+
+
+def test_texts_are_cut_in_many_ways_that_are_longer(pieces):
+    plain = sum(map(len, pieces.encode_batch(CORPUS)))
+    ways = [pieces.sampling(0.3, draw).encode_batch(CORPUS[:9]) for draw in range(5)]
+    assert all(len({tuple(way[n]) for way in ways}) == 5 for n in range(9))
+    sizes = [sum(map(len, pieces.sampling(alpha, 0).encode_batch(CORPUS))) for alpha in (0.0, 0.1, 0.4, 1.0)]
+    assert plain == sizes[0] < sizes[1] < sizes[2] < sizes[3]
+
+
+def test_unigram_models_sample_and_those_of_words_do_not(tmp_path):
+    for kind in ("unigram", "word"):
+        sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(CORPUS), model_prefix=str(tmp_path / kind),
+                                                 vocab_size=60, model_type=kind, minloglevel=2, hard_vocab_limit=False)
+    unigram, words = (make_tokenizer(str(tmp_path / f"{kind}.model"), 400, (), tmp_path) for kind in ("unigram", "word"))
+    assert words.sampling(0.1, 0) is None
+    ways = {tuple(unigram.sampling(0.1, draw).encode(CORPUS[0])) for draw in range(9)}
+    assert len(ways) > 5 and {unigram.decode(way) for way in ways} == {unigram.decode(unigram.encode(CORPUS[0]))}
+
+
+def test_special_tokens_are_named_and_stand_for_no_text(made, pieces):
+    tokenizer, _ = made
+    controls = tokenizer.controls()
+    assert tokenizer.separator_id in controls and len(controls) < 10
+    assert not set(controls) & {token for ids in tokenizer.encode_batch([*ODD, *CORPUS]) for token in ids}
+    assert pieces.named(["<unk>", "<s>", "none"]) == [0, 1, None]
