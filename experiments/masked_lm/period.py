@@ -2,8 +2,8 @@
 
 Command   python -m experiments.masked_lm.prepare runs/masked_lm/data
           python -m moejax.main --config=experiments/masked_lm/period.py --workdir=runs/masked_lm/sparse
-          python -m moejax.main --config=experiments/masked_lm/period.py:finetune_sparse --workdir=runs/masked_lm/tuned_sparse
-          (forms: FORMS below); README.md beside this file has what follows
+          python -m moejax.main --config=experiments/masked_lm/period.py:finetune_sparse --workdir=runs/masked_lm/tuned
+          (and the other FORMS below); README.md beside this file has them in order
 Hardware  2 CPU cores
 Time      README.md
 Result    README.md

