@@ -2,7 +2,7 @@
 
     python -m experiments.translate.prepare runs/translate/data
 
-Strings of Home Assistant (homeassistant 2026.2.3, Apache-2.0, whose wheel pip fetches) of 2 to 16 words. A tenth is held
+Strings of Home Assistant (homeassistant 2026.2.3, Apache-2.0, whose wheel pip fetches) of 2 to 12 words. A tenth is held
 out by a hash of the English text, the same for all languages. A pair is not trained on if either side of it, without case
 and punctuation, is a side of a held-out pair of its language. The translation memory answers with the translation of
 the training text whose TF-IDF vector is the nearest: of words, or of 1 to 4 letters, whichever has the higher BLEU.
@@ -18,7 +18,7 @@ from experiments.sentiment.prepare import held_out
 from moejax.metrics.text import text_metrics, words
 
 LANGUAGES = {"de": "german", "fr": "french", "es": "spanish"}
-LEAST, MOST = 2, 16
+LEAST, MOST = 2, 12
 """Words of a text."""
 
 Pair = tuple[str, str]
@@ -35,7 +35,10 @@ def plain(text: str) -> str:
 
 
 def split(pairs: Sequence[Pair]) -> tuple[list[Pair], list[Pair]]:
-    """(to train on, held out), each text once on its side, and none of the one part in the other."""
+    """(to train on, held out), no text of the one part in the other.
+
+    A text is held out once, on either side; an English one is trained on once, with the first of its translations.
+    """
     parts: tuple[list[Pair], list[Pair]] = ([], [])
     seen: tuple[set[str], set[str]] = (set(), set())
     for held in (True, False):

@@ -12,7 +12,7 @@ from moejax import config
 
 DATA = "runs/translate/data"
 LANGUAGES = {"german": ("German", "de"), "french": ("French", "fr"), "spanish": ("Spanish", "es")}
-STEPS = 9000
+STEPS = 1400
 
 
 def task(name: str) -> dict[str, str]:
@@ -23,7 +23,7 @@ def task(name: str) -> dict[str, str]:
 
 
 def get_config(form: str = "all"):
-    """4 layers of width 192 that read and 4 that write, every second with 8 experts of which 2 see a token.
+    """3 layers of width 192 that read and 3 that write, each with 8 experts of which 2 see a token.
 
     `all` learns the languages together, `dense` too, with as many operations and no experts; the name of a language learns
     that one alone, in a third of the steps.
@@ -32,22 +32,24 @@ def get_config(form: str = "all"):
         raise ValueError(f"{form!r} is none of all, dense, {', '.join(LANGUAGES)}")
     c = config.default()
     c.model.kind = "encoder_decoder"
-    c.model.update(dict(vocab_size=4000, layers=4, encoder_layers=4, embed=192, heads=6, kv_heads=6, head_dim=32, ffn=512,
-                        dropout=0.15))
-    c.moe.update(dict(every=2, ffn=256, num_experts=8, experts_per_token=2))
+    c.model.update(dict(vocab_size=4000, layers=3, encoder_layers=3, embed=192, heads=6, kv_heads=6, head_dim=32, ffn=512,
+                        dropout=0.2))
+    c.moe.update(dict(every=1, ffn=256, num_experts=8, experts_per_token=2))
     c.data.task = {"tasks": {name: task(name) for name in LANGUAGES if form in ("all", "dense", name)},
                    "rates": "temperature", "temperature": 2.0}
-    c.data.source_length = c.data.length = 32
-    c.data.batch_size = 64
-    c.data.eval_batch_size = 64
-    c.optimizer.learning_rate = 2e-3
-    c.optimizer.warmup_steps = 200
-    c.optimizer.weight_decay = 0.01
+    c.data.source_length = 24
+    c.data.length = 20
+    c.data.batch_size = 128
+    c.data.eval_batch_size = 128
+    c.optimizer.name = "muon"  # after 200 steps of 64 rows a held-out loss of 4.86, and 5.54 with AdamW
+    c.optimizer.learning_rate = 1e-2
+    c.optimizer.adam_learning_rate = 3e-3
+    c.optimizer.warmup_steps = 70
     c.train.finetune = {"metric": "tasks/loss"}
     c.train.steps = STEPS if form in ("all", "dense") else STEPS // len(LANGUAGES)
-    c.train.log_every = 50
-    c.train.eval_every = 1500
-    c.train.checkpoint_every = 1500
+    c.train.log_every = 25
+    c.train.eval_every = 350
+    c.train.checkpoint_every = 350
     if form == "dense":
         c.moe.every = 0
     return c
