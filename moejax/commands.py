@@ -199,6 +199,7 @@ def generate(config: Config | None, workdir: Path, step: int | None, prompts: Se
             model, mesh = setup.model, setup.mesh
             variables = load_sharded(workdir, mesh, step).items["model"]
         model, variables = for_task(model, variables, number(config, task))
+        prompts = [normal(own.data.task, prompt) for prompt in prompts]
         texts = continuations(model, variables, mesh, tokenizer, own, prompts, ends=ends, **options)
     for prompt, text in zip(prompts, texts):
         say(text if answers(own.data.task) else prompt + text)
@@ -260,11 +261,12 @@ def say(line: str) -> None:
 def sample(config: Config, finished: loop.Finished, ends: tuple[int, ...]) -> str:
     """A line with what the trained model makes of config.train.sample_prompt, or why it makes nothing of it; `ends` as of
     `written`."""
-    prompt, variables, mesh = config.train.sample_prompt, finished.variables, finished.mesh
+    variables, mesh = finished.variables, finished.mesh
     if jax.process_count() == 1:  # one device is quicker than many, and serves after every mesh
         variables, mesh = jax.device_put(variables, jax.local_devices()[0]), None
     try:
         own = part(transformer.resolve(config), None)
+        prompt = normal(own.data.task, config.train.sample_prompt)
         text, = continuations(finished.model, variables, mesh, finished.prepared.tokenizer, own, [prompt],
                               max_new_tokens=min(SAMPLE_TOKENS, config.model.max_length // 2), temperature=0.8,
                               seed=config.seed, ends=ends)
@@ -281,7 +283,6 @@ def continuations(model: Any, variables: Any, mesh: Mesh | None, tokenizer: Any,
     resolved config.
     """
     separator, task = tokenizer.separator_id, config.data.task
-    prompts = [normal(task, prompt) for prompt in prompts]
     if task.data == PAIRS:
         encoded = tokenizer.frame_batch(prompts)
     else:
@@ -319,5 +320,7 @@ def comparison(record: dict[str, Any], prepared: Prepared) -> str:
     """The held-out bits per byte beside what simpler methods need on the same bytes; or the loss of other objectives."""
     if "bits_per_byte" not in record:
         return f"held-out loss: {record['loss']:.4f}"
-    return (f"held-out bits per byte: {record['bits_per_byte']:.4f}  (xz -9e {xz_bits_per_byte(prepared):.4f}, "
-            f"unigram tokens {unigram_bits_per_byte(prepared):.4f})")
+    simpler = [f"xz -9e {xz_bits_per_byte(prepared):.4f}"]
+    if prepared.samplings == 1:  # the training text cut at random has other tokens than the held-out one
+        simpler.append(f"unigram tokens {unigram_bits_per_byte(prepared):.4f}")
+    return f"held-out bits per byte: {record['bits_per_byte']:.4f}  ({', '.join(simpler)})"

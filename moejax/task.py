@@ -70,8 +70,9 @@ class Task:
     whole_words: bool = key(False, "masked_lm: choose words with all their tokens")
     noise_density: float = key(0.15, "span_corruption: share of the tokens that is cut out", low=0.01, high=0.9)
     mean_span: float = key(3.0, "span_corruption: mean tokens of a span", low=1)
-    normalize: str = key("none", "form of Unicode that all texts get, labels and prompts too; none leaves them as they "
-                         "are, nfkc also writes letters of equal meaning in one way", choices=("none", "nfc", "nfkc"))
+    normalize: str = key("none", "form of Unicode that all texts get, labels and --prompt too, but none of the harness; "
+                         "none leaves them as they are, nfkc also writes letters of equal meaning in one way",
+                         choices=("none", "nfc", "nfkc"))
     collapse_space: bool = key(False, "white space of all texts becomes one blank between words, and none around them")
     deduplicate: bool = key(False, "training examples that were there before (text and target or label) are left out")
     input_mask_rate: float = key(0.0, "training, objectives that hide nothing themselves: share of the tokens of the input "
@@ -130,6 +131,8 @@ def resolve(given: "Task | dict | None", model: ModelConfig, where: str = "confi
           f"{task.objective}; leave it out")
     check(task.class_weights is None or (task.labels is not None and len(task.labels) == len(task.class_weights)),
           f"{where}.class_weights needs as many {where}.labels, in the same order")
+    check(task.samplings > 1 or task.sampling_alpha == Task.sampling_alpha, f"{where}.sampling_alpha={task.sampling_alpha} "
+          f"has no effect without {where}.samplings; set that to 2 or more, or leave this out")
     hides = {"masked_lm": "mask_rate", "span_corruption": "noise_density", "ul2": "objective"}.get(task.objective)
     check(not (task.input_mask_rate and hides), f"{where}.input_mask_rate={task.input_mask_rate}: "
           f"{where}.objective={task.objective} hides tokens itself, by {where}.{hides}; leave it out")

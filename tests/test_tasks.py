@@ -1,6 +1,7 @@
 """The command line through other objectives: pre-train, fine-tune with a new head, evaluate, write."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,6 @@ from moejax.evaluation.labels import label_metrics
 from moejax.main import main
 from moejax.metrics.record import read
 from moejax.metrics.text import text_metrics
-from moejax.models import transformer
 
 CONFIG = """\
 from moejax import config
@@ -100,8 +100,9 @@ def test_metrics_by_hand():
 
 @pytest.mark.parametrize("objective", ("next_token", "seq2seq"))
 def test_prompts_get_the_form_of_the_texts(objective, monkeypatch):
-    monkeypatch.setattr(commands, "written", lambda model, variables, mesh, tokenizer, config, encoded: encoded)
+    monkeypatch.setattr(commands, "written", lambda model, variables, mesh, tokenizer, config, encoded, **options: [
+        tokenizer.decode(ids) for ids in encoded])
+    finished = SimpleNamespace(model=None, variables={}, mesh=None, prepared=SimpleNamespace(tokenizer=ByteTokenizer()))
     for task, seen in (({}, " cafe\u0301\n"), ({"normalize": "nfc", "collapse_space": True}, "caf\u00e9")):
-        own = transformer.resolve(build({"data": {"task": {"objective": objective, **task}}}))
-        ids, = commands.continuations(None, None, None, ByteTokenizer(), own, [" cafe\u0301\n"])
-        assert ByteTokenizer().decode(ids) == seen
+        own = build({"data": {"task": {"objective": objective, **task}}, "train": {"sample_prompt": " cafe\u0301\n"}})
+        assert commands.sample(own, finished, ()) == f"sample: {seen}|{seen}"

@@ -101,8 +101,8 @@ def flips(before: Sequence[Array], after: Sequence[Array], real_T: Array) -> flo
 def train(setup: Setup, prepared: Prepared) -> dict[str, float]:
     """One run: a row of the table."""
     config = setup.config
-    train_rows, eval_rows = (make_rows(split, prepared.tokenizer, config) for split in (prepared.train, prepared.eval))
-    loader = train_loader(train_rows, config)
+    eval_rows = make_rows(prepared.eval, prepared.tokenizer, config)
+    loader = train_loader(make_rows(prepared.train, prepared.tokenizer, config, training=True), config)
     held_out = setup.put(next(eval_batches(eval_rows, config)))
     real_T = held_out["segments"].reshape(-1) > 0
     experts = jax.jit(partial(decide, setup.model))

@@ -8,7 +8,7 @@ A prepared folder, of a mixture that of each task in a folder of its name, holds
     train_target.npy ...                pairs: the same four files of the targets, each with its end
     train_labels.npy, eval_labels.npy   labels: int32 or float32 [documents], or float32 0 and 1 [documents, labels]
     eval.utf8                           the held-out text, joined
-    eval_references.json                pairs: the held-out targets as they were
+    eval_references.json                pairs: the held-out targets as texts
     tokenizer files                     see `tokenizers.load_tokenizer`
     summary.json                        counts, `fingerprint` and `content`; written last, so no other file is trusted
                                         without it
@@ -58,8 +58,8 @@ def prepare(config: Config, folder: Path, say: Callable[[str], None] = print, co
 
     Documents are held out by a hash of their text, so copies of one document are on the same side; with
     config.data.eval_source, training documents that also occur there, those of pairs or with labels by their input, are
-    left out. The training documents are shuffled
-    once by config.seed (if config.data.shuffle); the held-out ones keep the order of their source.
+    left out. The training documents are shuffled once by config.seed (if config.data.shuffle); the held-out ones keep the
+    order of their source.
 
     The folder is built beside its place and moved there when it is whole, so whatever goes wrong leaves an old one as it
     was.
@@ -179,7 +179,7 @@ def _build(config: Config, folder: Path, name: str, tokenizer: Tokenizer, say: C
             np.save(folder / f"{split}_labels.npy", number_labels(task, labels[split], names)[order])
     counts = {split: {"documents": len(lengths[split]), "bytes": text_bytes[split], "tokens": sum(lengths[split]),
                       "target_tokens": sum(lengths.get(f"{split}_target", ()))} for split in SPLITS}
-    write_json(folder / "summary.json", {"content": content, "labels": names, **counts})
+    write_json(folder / "summary.json", {"content": content, "labels": names, "samplings": task.samplings, **counts})
     for split, count in counts.items():
         say(f"{where}{split}: {count['documents']:,} documents, {count['bytes'] / 1e6:.2f} MB, {count['tokens']:,} tokens"
             + (f", {count['target_tokens']:,} in targets" if task.data == PAIRS else "")
@@ -261,7 +261,7 @@ def _tokenise(config: Config, tokenizer: Tokenizer, reader: Reader, folder: Path
     with contextlib.ExitStack() as stack:
         raw = {name: stack.enter_context(open(folder / f"{name}.raw", "wb")) for name in names}
         held_out_text = stack.enter_context(open(folder / "eval.utf8.part", "wb"))
-        for batch in _batches(_split(config, reader)):
+        for batch in _batches(_split(config, reader), task.samplings):
             found = {split: [_encode(way, task, [example for of, example in batch if of == split]) for way in ways[split]]
                      for split in SPLITS}
             for split, example in batch:
@@ -315,13 +315,14 @@ def _encode(tokenizer: Tokenizer, task: Task, examples: list[Example]) -> dict[s
     return parts
 
 
-def _batches(items: Iterable[tuple[str, Example]]) -> Iterator[list[tuple[str, Example]]]:
-    """Lists of items with BATCH_DOCUMENTS documents or about BATCH_LETTERS letters at most."""
+def _batches(items: Iterable[tuple[str, Example]], ways: int) -> Iterator[list[tuple[str, Example]]]:
+    """Lists of items which, each tokenised so many times, have BATCH_DOCUMENTS documents or about BATCH_LETTERS letters at
+    most, or are one."""
     batch, letters = [], 0
     for item in items:
         batch.append(item)
         letters += len(item[1].text)
-        if len(batch) == BATCH_DOCUMENTS or letters >= BATCH_LETTERS:
+        if len(batch) * ways >= BATCH_DOCUMENTS or letters * ways >= BATCH_LETTERS:
             yield batch
             batch, letters = [], 0
     if batch:

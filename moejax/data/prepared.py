@@ -52,6 +52,7 @@ class Prepared(NamedTuple):
       content: hash of the data.
       labels: their names in the order of the scores.
       tasks: the data of each task of a mixture.
+      samplings: how often each training document is there, each time cut into other tokens; of a mixture 1.
     """
 
     tokenizer: Tokenizer
@@ -61,6 +62,7 @@ class Prepared(NamedTuple):
     content: str
     labels: tuple[str, ...] = ()
     tasks: "Mapping[str, Prepared]" = MappingProxyType({})
+    samplings: int = 1
 
 
 def load_prepared(folder: Path) -> Prepared:
@@ -74,7 +76,8 @@ def load_prepared(folder: Path) -> Prepared:
         else:
             labels = tuple(map(_text, summary.get("labels", ())))
             streams = [_load_stream(folder, split, summary[split]) for split in SPLITS]
-        whole = isinstance(content, str)
+        samplings = summary.get("samplings", 1)
+        whole = isinstance(content, str) and isinstance(samplings, int)
     except (PermissionError, TimeoutError) as error:
         raise UserError(f"{folder}: the prepared data cannot be read ({error.strerror}); check its permissions and the disk"
                         ) from None
@@ -82,7 +85,7 @@ def load_prepared(folder: Path) -> Prepared:
         whole = False
     check(whole, f"{folder}: the prepared data is damaged; delete the folder and start again")
     tasks = {name: load_prepared(folder / name) for name in names}
-    return Prepared(load_tokenizer(folder), *streams, folder, content, labels, tasks)
+    return Prepared(load_tokenizer(folder), *streams, folder, content, labels, tasks, samplings)
 
 
 def load_references(folder: Path) -> list[str]:

@@ -229,9 +229,10 @@ def _from_pair(first: Path, second: Path, source: str) -> Iterator[Record]:
             yield from _of_lines(paths, names, lines, number)
             continue
         longer = lines.index(None) ^ 1
+        filled = [bool(line.strip()) for line in itertools.chain([lines[longer]], sides[longer])]
         counts = [number - 1, number - 1]
-        counts[longer] += 1 + sum(1 for _ in sides[longer])
-        for surplus in range(number, counts[longer] + 1):
+        counts[longer] += len(filled)
+        for surplus in (place for place, is_filled in enumerate(filled, number) if is_filled):
             yield Record(f"{paths[longer]}, line {surplus}", {}, f"belongs to no line of the other file, as {first} has "
                          f"{counts[0]:,} lines and {second} {counts[1]:,}; give files with as many lines")
 

@@ -211,12 +211,12 @@ def test_fields_of_pairs_are_named_after_the_files(tmp_path, paths, names):
 
 def test_what_is_wrong_with_one_line_of_a_pair_names_its_file(tmp_path):
     (tmp_path / "a.en").write_bytes(b"one\n\xff\n\nfour\n")
-    (tmp_path / "a.de").write_bytes(b"eins\nzwei\ndrei\n  \nfunf\nsechs\n")
+    (tmp_path / "a.de").write_bytes(b"eins\nzwei\ndrei\n  \nfunf\n \nsieben\n")
     found = list(records(f"pairs:{tmp_path}/a.en,{tmp_path}/a.de"))
     assert [(record.where.rpartition("/")[2], record.problem and record.problem.split()[0]) for record in found] == [
         ("a.en, line 1", None), ("a.en, line 2", "not"), ("a.en, line 3", "is"), ("a.de, line 4", "is"),
-        ("a.de, line 5", "belongs"), ("a.de, line 6", "belongs")]
-    assert f"{tmp_path}/a.en has 4 lines and {tmp_path}/a.de 6" in found[-1].problem
+        ("a.de, line 5", "belongs"), ("a.de, line 7", "belongs")]
+    assert f"{tmp_path}/a.en has 4 lines and {tmp_path}/a.de 7" in found[-1].problem
 
 
 @pytest.mark.parametrize("source, said", [
