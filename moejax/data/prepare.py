@@ -226,10 +226,9 @@ def _split(config: Config, reader: Reader) -> Iterator[tuple[str, Example]]:
             held_out.add(bytes.fromhex(sources.digest(example.text)))
             yield "eval", example
     for example in reader.read(data.source):
-        digest = sources.digest(example.text)
-        if data.eval_source is None and int(digest[:8], 16) / 2**32 < data.eval_fraction:
+        if data.eval_source is None and sources.is_drawn(example.text, data.eval_fraction):
             yield "eval", example
-        elif bytes.fromhex(digest) in held_out:
+        elif held_out and bytes.fromhex(sources.digest(example.text)) in held_out:
             reader.unwanted["their input is held out"] += 1
         elif data.task.deduplicate and _again(example, seen):
             reader.unwanted["they were there before"] += 1

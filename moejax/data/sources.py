@@ -153,6 +153,13 @@ def digest(text: str) -> str:
     return hashlib.md5(text.encode("utf-8"), usedforsecurity=False).hexdigest()
 
 
+def is_drawn(text: str, fraction: float) -> bool:
+    """Whether a document is in the share, from 0 to 1, that is held out. Its `digest` alone decides, so copies stay
+    together, and what a smaller share holds a larger one holds too.
+    """
+    return int(digest(text)[:8], 16) / 2**32 < fraction
+
+
 def _package_pattern(source: str) -> str:
     name, _, pattern = source.removeprefix("package:").partition("/")
     check(bool(pattern) and name.isidentifier(), f"{source!r} must have the form package:NAME/GLOB, with the name of a "

@@ -9,7 +9,7 @@ import zstandard
 
 from moejax.config import UserError
 from moejax.data import sources
-from moejax.data.sources import digest, documents, files, identity, records
+from moejax.data.sources import digest, documents, files, identity, is_drawn, records
 
 TEXTS = ["first line\nsecond\r\n", "  \ttwo\n\n", "Grüße, 世界 \U0001f600 \u2028 \u2581", "x" * 3_000_000 + "é"]
 PACK = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}
@@ -109,6 +109,15 @@ def test_identity_changes_with_the_file(tmp_path):
 
 def test_digest_tells_texts_apart():
     assert len({digest(text) for text in [*TEXTS, *TEXTS, "é", "e\u0301"]}) == len(TEXTS) + 2
+
+
+def test_a_draw_follows_the_text_alone():
+    texts = [f"text {n}" for n in range(400)]
+    drawn = {share: {text for text in texts if is_drawn(text, share)} for share in (0, 0.1, 0.3, 1)}
+    assert not drawn[0] and drawn[0.1] < drawn[0.3] < drawn[1] == set(texts)
+    assert 20 < len(drawn[0.1]) < 60 and 80 < len(drawn[0.3]) < 160
+    assert digest("") == "d41d8cd98f00b204e9800998ecf8427e"
+    assert is_drawn("", 0xd41d8cda / 2**32) and not is_drawn("", 0xd41d8cd9 / 2**32)
 
 
 def test_tfds_gives_the_package_files(tmp_path, monkeypatch):
