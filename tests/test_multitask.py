@@ -5,7 +5,7 @@ import json
 import pytest
 
 from experiments.multitask.plot import last, main, table
-from experiments.multitask.prepare import translations, usable
+from experiments.multitask.prepare import WORDS, translations, usable
 from moejax.config import UserError
 
 RECORD = {"step": 7, "split": "eval", "loss": 2.0, "tasks/loss": 1.5, "task/a/loss": 1.0, "task/b/loss": 2.0,
@@ -33,8 +33,10 @@ def test_runs_without_several_tasks_are_refused(tmp_path):
 
 
 def test_strings_are_whole_texts_that_differ():
-    assert usable("The device is off.") and not usable("Off") and not usable("Press {button} now please")
+    assert usable("The device is off.", WORDS) and not usable("Off", WORDS)
+    assert not usable("Press {button} now please", WORDS)
+    assert usable("Off", range(1, 3)) and not usable("The device is off.", range(1, 3))
     found = {"en": {("a",): "The device is off.", ("b",): "OK then do so", ("c",): "Only in English here"},
              "de": {("a",): "Das Ger\u00e4t ist aus.", ("b",): "OK then do so", ("d",): "Nur auf Deutsch da"}}
-    assert translations(found, "de") == [("The device is off.", "Das Ger\u00e4t ist aus.")]
-    assert len(translations(found, "en")) == 3
+    assert translations(found, "de", WORDS) == [("The device is off.", "Das Ger\u00e4t ist aus.")]
+    assert len(translations(found, "en", WORDS)) == 3

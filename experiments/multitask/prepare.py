@@ -10,17 +10,19 @@ English one, so that what one task holds out no other learns from.
 
 import json
 import random
-import subprocess
 import sys
-import tempfile
 import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from experiments.baselines import linear
+from experiments.records import command, fetched, write
 from experiments.sentiment.prepare import held_out, snippets
 
 LANGUAGES = {"en": "English", "de": "German", "fr": "French", "es": "Spanish", "nl": "Dutch", "pl": "Polish"}
+WORDS = range(3, 31)
+"""That a string may have."""
 STRINGS = 4000
 """Of each language, for its task."""
 
@@ -42,61 +44,49 @@ def strings(wheel: zipfile.ZipFile, language: str) -> dict[tuple[str, ...], str]
 
 def interface(languages: Iterable[str]) -> dict[str, dict[tuple[str, ...], str]]:
     """The strings of these languages, from the wheel that pip fetches."""
-    with tempfile.TemporaryDirectory() as folder:
-        subprocess.run([sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:",
-                        "--python-version=3.14", "-d", folder, "homeassistant==2026.2.3"], check=True)
-        path, = Path(folder).glob("*.whl")
+    with fetched("homeassistant==2026.2.3", "--only-binary=:all:", "--python-version=3.14") as path:
         with zipfile.ZipFile(path) as wheel:
             return {language: strings(wheel, language) for language in languages}
 
 
-def usable(text: str) -> bool:
-    """Whether a string is a text of some words, without places to fill in."""
-    return 3 <= len(text.split()) <= 30 and not set("{}[]%<>`|\n") & set(text)
+def usable(text: str, words: range) -> bool:
+    """Whether a string is a text of so many words, without places to fill in."""
+    return len(text.split()) in words and not set("{}[]%<>`|\n") & set(text)
 
 
-def translations(found: dict[str, dict[tuple[str, ...], str]], language: str) -> list[tuple[str, str]]:
-    """(English, other) of every string once."""
+def translations(found: dict[str, dict[tuple[str, ...], str]], language: str, words: range) -> list[tuple[str, str]]:
+    """(English, other) of every string once, sorted; both of so many words and, but for English itself, not the same."""
     english = found["en"]
     return sorted({(english[place], text) for place, text in found[language].items()
-                   if usable(english.get(place, "")) and usable(text) and (language == "en" or english[place] != text)})
+                   if usable(english.get(place, ""), words) and usable(text, words)
+                   and (language == "en" or english[place] != text)})
 
 
 def tasks() -> dict[str, list[tuple[bool, Record]]]:
     """(whether it is held out, record) of every record of each task."""
     found, rng = interface(LANGUAGES), random.Random(0)
     rows = {"sentiment": [(held_out(text), {"text": text, "label": label}) for text, label in snippets()],
-            "german": [(held_out(en), {"en": en, "de": de}) for en, de in translations(found, "de")], "language": []}
+            "german": [(held_out(en), {"en": en, "de": de}) for en, de in translations(found, "de", WORDS)],
+            "language": []}
     for language, name in LANGUAGES.items():
-        pairs = translations(found, language)
+        pairs = translations(found, language, WORDS)
         for en, text in rng.sample(pairs, min(STRINGS, len(pairs))):
             rows["language"].append((held_out(en), {"text": text, "language": name}))
     return rows
 
 
-def baseline(rows: list[tuple[bool, Record]], label: str) -> float:
-    """Accuracy of a linear support vector machine on TF-IDF of words and pairs of words."""
-    from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.pipeline import make_pipeline
-    from sklearn.svm import LinearSVC
-    parts = {held: [row for kept, row in rows if kept == held] for held in (False, True)}
-    machine = make_pipeline(TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True), LinearSVC())
-    machine.fit([row["text"] for row in parts[False]], [row[label] for row in parts[False]])
-    return machine.score([row["text"] for row in parts[True]], [row[label] for row in parts[True]])
-
-
 def main(folder: Path) -> None:
     """Writes the files and prints sizes and baselines."""
-    folder.mkdir(parents=True, exist_ok=True)
     found = tasks()
     for name, rows in found.items():
         for split, held in (("train", False), ("eval", True)):
-            lines = [json.dumps(row, ensure_ascii=False) + "\n" for kept, row in rows if kept == held]
-            (folder / f"{name}_{split}.jsonl").write_text("".join(lines), encoding="utf-8")
-            print(f"{name}: {len(lines):,} records to {'evaluate' if held else 'train'} on")
+            part = [row for kept, row in rows if kept == held]
+            write(folder / f"{name}_{split}.jsonl", part)
+            print(f"{name}: {len(part):,} records to {'evaluate' if held else 'train'} on")
     for name, label in (("sentiment", "label"), ("language", "language")):
-        print(f"{name}: TF-IDF and a linear SVM: accuracy {baseline(found[name], label):.4f}")
+        train, test = ([(row["text"], row[label]) for kept, row in found[name] if kept == held] for held in (False, True))
+        print(f"{name}: TF-IDF and a linear SVM: accuracy {linear(train, test).accuracy:.4f}")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    sys.exit(command(main, "multitask"))

@@ -8,25 +8,21 @@ and punctuation, is a side of a held-out pair of its language. The translation m
 the training text whose TF-IDF vector is the nearest: of words, or of 1 to 4 letters, whichever has the higher BLEU.
 """
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.multitask.prepare import interface
+from experiments.baselines import nearest
+from experiments.multitask.prepare import interface, translations
+from experiments.records import command, write
 from experiments.sentiment.prepare import held_out
-from moejax.metrics.text import text_metrics, words
+from moejax.metrics.text import scorers, text_metrics, words
 
 LANGUAGES = {"de": "german", "fr": "french", "es": "spanish"}
-LEAST, MOST = 2, 12
-"""Words of a text."""
+WORDS = range(2, 13)
+"""That a text may have."""
 
 Pair = tuple[str, str]
-
-
-def usable(text: str) -> bool:
-    """Whether a string is a text of some words, without places to fill in."""
-    return LEAST <= len(text.split()) <= MOST and not set("{}[]%<>`|\n") & set(text)
 
 
 def plain(text: str) -> str:
@@ -57,32 +53,25 @@ def split(pairs: Sequence[Pair]) -> tuple[list[Pair], list[Pair]]:
 
 def memory(train: Sequence[Pair], test: Sequence[Pair]) -> dict[str, float]:
     """Scores of the better translation memory, with the texts themselves to be told as references."""
-    from sklearn.feature_extraction.text import TfidfVectorizer
     found = []
     for how in ({"analyzer": "word", "token_pattern": r"\w+"}, {"analyzer": "char_wb", "ngram_range": (1, 4)}):
-        vectors = TfidfVectorizer(sublinear_tf=True, **how)
-        known = vectors.fit_transform([english for english, _ in train])
-        nearest = (vectors.transform([english for english, _ in test]) @ known.T).argmax(axis=1)
-        answers = [train[index][1] for index in nearest.A1]
-        found.append(text_metrics(answers, [other for _, other in test]))
+        indices, _ = nearest([english for english, _ in train], [english for english, _ in test], **how)
+        found.append(text_metrics([train[index][1] for index in indices], [other for _, other in test]))
     return max(found, key=lambda scores: scores["bleu"])
 
 
 def main(folder: Path) -> None:
     """Writes the files, and prints sizes and the translation memory's scores."""
-    folder.mkdir(parents=True, exist_ok=True)
+    scorers()  # which raises before anything is fetched or written
     strings = interface(("en", *LANGUAGES))
-    english = strings.pop("en")
     for language, name in LANGUAGES.items():
-        train, test = split(sorted({(english[place], text) for place, text in strings[language].items()
-                                    if usable(english.get(place, "")) and usable(text) and english[place] != text}))
+        train, test = split(translations(strings, language, WORDS))
         for part, pairs in (("train", train), ("eval", test)):
-            lines = [json.dumps({"en": source, language: target}, ensure_ascii=False) + "\n" for source, target in pairs]
-            (folder / f"{name}_{part}.jsonl").write_text("".join(lines), encoding="utf-8")
+            write(folder / f"{name}_{part}.jsonl", ({"en": source, language: target} for source, target in pairs))
         scores = memory(train, test)
         print(f"{name}: {len(train):,} pairs to train on, {len(test):,} held out; translation memory: BLEU "
               f"{scores['bleu']:.2f}, chrF {scores['chrf']:.2f}, exact {scores['exact_match']:.4f}")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    sys.exit(command(main, "translate"))
