@@ -3,7 +3,7 @@
 import pytest
 
 from experiments.summarize import prepare
-from experiments.summarize.prepare import Package, families, lead, nearest, one_of_each, paragraphs, read, split
+from experiments.summarize.prepare import Package, apart, families, lead, one_of_each, paragraphs, read, split
 from experiments.summarize.summary import get_config
 from moejax.config import UserError, build
 from moejax.models import count
@@ -47,18 +47,24 @@ def test_no_family_is_on_both_sides():
     packages += [package(f"q{n}", synopsis=packages[n].synopsis, description=f"q{chr(97 + n % 26) * (n + 1)} {LONG}")
                  for n in range(400)]
     packages += [package(f"r{n}", synopsis="all alike", description="r" * n + LONG) for n in range(prepare.LARGEST + 1)]
-    train, test = split(packages)
+    train, test = split(packages, families(packages))
     assert sorted(train + test) == sorted(packages) and 30 < len(test) < 150
     assert not {one.synopsis for one in train} & {one.synopsis for one in test}
     assert all(one.synopsis != "all alike" for one in test)
-    assert split(packages[::-1])[1] == test
+    assert split(packages[::-1], families(packages[::-1]))[1] == test
 
 
-def test_baselines():
-    train = [package("a", synopsis="a fast editor", description="edits text of all kinds quickly"),
-             package("b", synopsis="a slow game", description="lets you play chess against others")]
-    found = nearest(train, [package("c", description="you can play go"), package("d", description=train[0].description)])
-    assert [one for _, one in found] == [train[1], train[0]] and found[0][0] < 0.7 < 0.99 < found[1][0]
+def test_near_copies_are_left_out_and_the_others_keep_what_is_most_like_them():
+    train = [package("a", description="edits text of all kinds quickly"),
+             package("b", description="lets you play chess against others"),
+             package("c", description="converts pictures between formats")]
+    test = [package("copy", description=train[0].description), package("go", description="you can play go"),
+            package("again", description=train[2].description.upper()), package("svg", description="pictures as vectors"),
+            package("ed", description="quickly changes text")]
+    assert apart(train, test) == [(test[1], train[1]), (test[3], train[2]), (test[4], train[0])]
+
+
+def test_the_lead_is_the_first_words():
     assert lead("one two three", 2) == "one two"
 
 
@@ -66,6 +72,25 @@ def test_without_apt_get_there_is_one_line(monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(UserError, match="no apt-get here; prepare the data on a Debian or Ubuntu machine"):
         prepare.fetch()
+
+
+@pytest.mark.parametrize("status", (0, 100))
+def test_all_lists_or_one_line(status, tmp_path, monkeypatch):
+    apt = tmp_path / "apt-get"
+    apt.write_text(f"""#!/bin/sh
+for last; do case "$last" in Dir::State::lists=*) lists=${{last#*=}};; esac; done
+echo "Package: a" > "$lists/x_Packages"
+echo "Package: a" > "$lists/x_Translation-en"
+echo "E: one of two failed" >&2
+exit {status}
+""")
+    apt.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    if status == 0:
+        assert prepare.fetch() == ("Package: a\n", "Package: a\n")
+    else:
+        with pytest.raises(UserError, match=r"could not fetch all lists \(E: one of two failed\); check the network"):
+            prepare.fetch()
 
 
 def test_dense_has_equal_operations():

@@ -9,8 +9,6 @@ by a hash of their name, but for descriptions that are almost the same as one in
 of a description, and the synopsis of the most similar description in training.
 """
 
-import hashlib
-import json
 import re
 import subprocess
 import sys
@@ -20,10 +18,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from experiments.baselines import nearest
+from experiments.records import command, last_line, write
 from experiments.sentiment.prepare import held_out
 from moejax.config import UserError, check
-from moejax.exit_status import exit_status
-from moejax.metrics.text import text_metrics
+from moejax.data.sources import digest
+from moejax.metrics.text import scorers, text_metrics
 
 READ = 64
 """Words of a description that are kept: about what the model reads."""
@@ -57,12 +57,13 @@ def fetch() -> tuple[str, str]:
     """All that apt knows of packages and of their English descriptions, as two texts of paragraphs of fields.
 
     Raises:
-      UserError: there is no apt-get, or it fetches nothing.
+      UserError: there is no apt-get, or it does not fetch all that it should.
     """
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "lists" / "partial").mkdir(parents=True)
         options = {"Dir::State": folder, "Dir::State::lists": f"{folder}/lists", "Dir::Cache": folder,
-                   "Acquire::Languages": "en", "Acquire::GzipIndexes": "false", "APT::Sandbox::User": "root"}
+                   "Acquire::Languages": "en", "Acquire::GzipIndexes": "false", "APT::Sandbox::User": "root",
+                   "APT::Update::Error-Mode": "any"}  # else it succeeds where some lists could not be fetched
         given = [part for name, value in options.items() for part in ("-o", f"{name}={value}")]
         try:
             done = subprocess.run(["apt-get", "update", "-q", *given], capture_output=True, text=True)
@@ -70,8 +71,8 @@ def fetch() -> tuple[str, str]:
             raise UserError("there is no apt-get here; prepare the data on a Debian or Ubuntu machine and copy the folder"
                             ) from None
         parts = [sorted(Path(folder, "lists").glob(pattern)) for pattern in ("*_Packages", "*_Translation-en")]
-        said = (done.stderr.strip() or "it says nothing").splitlines()[-1]
-        check(all(parts), f"apt-get fetched no descriptions ({said}); check the network and /etc/apt/sources.list")
+        check(done.returncode == 0 and all(parts), f"apt-get could not fetch all lists ({last_line(done.stderr)}); check "
+              "the network and /etc/apt/sources.list")
         packages, descriptions = ("\n\n".join(path.read_text(encoding="utf-8") for path in found) for found in parts)
         return packages, descriptions
 
@@ -138,14 +139,15 @@ def families(packages: Sequence[Package]) -> list[str]:
     return [names[one] for one in tops]
 
 
-def split(packages: Sequence[Package]) -> tuple[list[Package], list[Package]]:
-    """For training and held out, each in an order by hash, so that the first ones stand for all."""
-    names = families(packages)
+def split(packages: Sequence[Package], names: Sequence[str]) -> tuple[list[Package], list[Package]]:
+    """For training and held out by the names of their families, each in an order by hash, so that the first ones stand for
+    all.
+    """
     sizes, parts = Counter(names), ([], [])
-    for package, family in zip(packages, names):
+    for package, family in zip(packages, names, strict=True):
         parts[sizes[family] <= LARGEST and held_out(family)].append(package)
     for part in parts:
-        part.sort(key=lambda package: hashlib.md5(package.name.encode(), usedforsecurity=False).hexdigest())
+        part.sort(key=lambda package: digest(package.name))
     return parts
 
 
@@ -162,17 +164,10 @@ def best_lead(train: Sequence[Package]) -> int:
     return max(SYNOPSIS, key=score)
 
 
-def nearest(train: Sequence[Package], test: Sequence[Package]) -> list[tuple[float, Package]]:
-    """For each held-out description the most similar one in training, with the cosine of their TF-IDF of words."""
-    from sklearn.feature_extraction.text import TfidfVectorizer
-    words = TfidfVectorizer(sublinear_tf=True)
-    known = words.fit_transform([package.description for package in train]).T.tocsr()
-    asked = words.transform([package.description for package in test])
-    found = []
-    for begin in range(0, len(test), 200):
-        cosines = (asked[begin:begin + 200] @ known).toarray()
-        found += [(float(row[number]), train[number]) for row, number in zip(cosines, cosines.argmax(1))]
-    return found
+def apart(train: Sequence[Package], test: Sequence[Package]) -> list[tuple[Package, Package]]:
+    """(held out, the one in training with the most similar description) of those held out that are no near copies."""
+    indices, cosines = nearest(*([package.description for package in part] for part in (train, test)))
+    return [(one, train[index]) for one, index, cosine in zip(test, indices, cosines, strict=True) if cosine <= COPY]
 
 
 def scores(answers: Sequence[str], packages: Sequence[Package]) -> dict[str, float]:
@@ -182,21 +177,20 @@ def scores(answers: Sequence[str], packages: Sequence[Package]) -> dict[str, flo
 
 def main(folder: Path) -> None:
     """Writes the two files and prints the baselines, on the pairs that models answer and on all that are held out."""
+    scorers()  # which raises before anything is fetched or written
     packages = one_of_each(read(*fetch()))
-    train, test = split(packages)
-    near = nearest(train, test)
-    kept = [number for number, (cosine, _) in enumerate(near) if cosine <= COPY]
-    copies, test, near = len(test) - len(kept), [test[number] for number in kept], [near[number][1] for number in kept]
-    folder.mkdir(parents=True, exist_ok=True)
+    names = families(packages)
+    train, held = split(packages, names)
+    kept = apart(train, held)
+    test = [one for one, _ in kept]
     for name, part in (("train", train), ("eval", test)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(
-            {"description": package.description, "synopsis": package.synopsis}, ensure_ascii=False) + "\n"
-            for package in part), encoding="utf-8")
-    print(f"{len(packages):,} pairs in {len(set(families(packages))):,} families: {len(train):,} to train on, "
-          f"{len(test):,} held out; {copies:,} more were left out, for training has almost the same description")
+        write(folder / f"{name}.jsonl", ({"description": package.description, "synopsis": package.synopsis}
+                                         for package in part))
+    print(f"{len(packages):,} pairs in {len(set(names)):,} families: {len(train):,} to train on, {len(test):,} held out; "
+          f"{len(held) - len(test):,} more were left out, for training has almost the same description")
     length = best_lead(train)
     for name, answers in ((f"first {length} words", [lead(package.description, length) for package in test]),
-                          ("most similar description", [package.synopsis for package in near])):
+                          ("most similar description", [other.synopsis for _, other in kept])):
         for count in (ANSWERS, len(test)):
             found = scores(answers[:count], test[:count])
             print(f"{name}, {min(count, len(test)):,} held out: "
@@ -204,4 +198,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_status(lambda: main(Path(sys.argv[1])), "the same command begins anew"))
+    sys.exit(command(main, "summarize"))
