@@ -12,6 +12,8 @@ from moejax import config
 
 def get_config(form="dense"):
     """Two epochs with a new head over the mean of the tokens. `form` is dense or sparse."""
+    if form not in ("dense", "sparse"):
+        raise ValueError(f"{form!r} is neither dense nor sparse")
     c = config.default()
     c.model.update(dict(kind="encoder", head="classes", classes=2, vocab_size=30522, layers=6, embed=384, heads=12,
                         kv_heads=12, head_dim=32, ffn=1536, max_length=512, norm_eps=1e-12, dropout=0.1))
