@@ -4,8 +4,8 @@ Command   python -m experiments.translate.prepare runs/translate/data
           python -m moejax.main --config=experiments/translate/translate.py --workdir=runs/translate/all
           (and translate.py:dense, translate.py:german and so on); README.md beside this file has what follows
 Hardware  2 CPU cores
-Time      README.md
-Result    README.md
+Time      36 minutes
+Result    held-out BLEU: German 24.1, French 28.1, Spanish 37.3; translation memory 24.6, 24.9, 29.7
 """
 
 from moejax import config
