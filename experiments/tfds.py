@@ -58,4 +58,6 @@ FORMS = {
 
 def get_config(form="lm1b"):
     """One of `FORMS`."""
+    if form not in FORMS:
+        raise ValueError(f"{form!r} is none of {', '.join(FORMS)}")
     return FORMS[form]()

@@ -17,7 +17,9 @@ ROOT = pathlib.Path(__file__).parent.parent
 EXPERIMENTS = sorted(path for path in (ROOT / "experiments").rglob("*.py") if "def get_config(" in path.read_text())
 FORMS = {"base": ("full", "quick"), "finetune": ("dense", "sparse"), "mixed": ("sparse", "dense", "knowing"),
          "period": ("sparse", "dense", "finetune_sparse", "finetune_dense", "scratch_sparse", "scratch_dense"),
-         "summary": ("sparse", "dense"), "translate": ("all", "dense", "german", "french", "spanish")}
+         "summary": ("sparse", "dense"),
+         "tfds": ("lm1b", "c4", "glue_sst2", "glue_mnli", "glue_stsb", "wmt14_de_en", "cnn_dailymail", "squad"),
+         "translate": ("all", "dense", "german", "french", "spanish")}
 """Of each experiment that has some, the default one first."""
 
 
