@@ -3,8 +3,8 @@
 Command   python -m moejax.main --config=experiments/sentiment/finetune.py --workdir=runs/sentiment/dense
           (and finetune.py:sparse); README.md beside this file has the steps before it
 Hardware  two CPU cores
-Time      README.md
-Result    README.md
+Time      16 minutes
+Result    accuracy 0.8634 dense, 0.8644 with experts; a linear SVM 0.7784
 """
 
 from moejax import config
