@@ -306,7 +306,7 @@ def test_a_process_that_is_killed_or_stands_still_is_named_by_the_others(here, n
     started[gone].send_signal(number)
     begin = time.monotonic()
     _, err = started[1 - gone].communicate(timeout=100)
-    assert started[1 - gone].returncode not in (0, None) and time.monotonic() - begin < 60
+    assert started[1 - gone].returncode not in (0, None) and time.monotonic() - begin < 60, err
     assert f"process {gone}" in err or gone == 0 and "leader" in err, err
     started[gone].kill()
     started[gone].communicate()
