@@ -154,7 +154,8 @@ def rates(mixture: Mixture, rows: Sequence[int]) -> tuple[float, ...]:
         weights = [task.rate for task in mixture.tasks.values()]
     else:
         counts = [count / task.samplings for count, task in zip(rows, mixture.tasks.values(), strict=True)]
-        weights = [(count / max(counts))**(1 / mixture.temperature) for count in counts]
+        most = max(counts)
+        weights = [(count / most)**(1 / mixture.temperature) for count in counts]
     return tuple(weight / sum(weights) for weight in weights)
 
 

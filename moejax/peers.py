@@ -182,8 +182,8 @@ def watched(store: Any, index: int, count: int, end: Callable[[str], None] = end
         ended = True  # all processes come to the same
         raise
     except (jax.errors.JaxRuntimeError, ValueError) as error:  # the second if the computation was only being begun
-        first, *_ = [*str(error).splitlines(), ""]
-        print(f"moejax: a computation failed ({first[:200]}); looking whether another process is gone ...", file=sys.stderr,
+        why = str(error).partition("\n")[0][:200]
+        print(f"moejax: a computation failed ({why}); looking whether another process is gone ...", file=sys.stderr,
               flush=True)
         time.sleep(seconds + 2 * BEAT_SECONDS)  # in which the watch ends this one if there is such
         raise

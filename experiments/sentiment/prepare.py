@@ -7,7 +7,6 @@ sentences of film reviews with the mean of human scores from -4 to 4. Those abov
 hash of the text; a text that occurs twice with different signs is left out.
 """
 
-import hashlib
 import io
 import sys
 import tarfile
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from experiments.baselines import linear
 from experiments.records import command, fetched, write
+from moejax.data.sources import digest
 
 ARCHIVE, FILE = "additional_resources/hutto_ICWSM_2014.tar.gz", "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
 
@@ -34,7 +34,7 @@ def snippets() -> list[tuple[str, str]]:
 
 def held_out(text: str) -> bool:
     """Whether a snippet is in the tenth on which nothing is trained."""
-    return int(hashlib.md5(text.encode(), usedforsecurity=False).hexdigest(), 16) % 10 == 0
+    return int(digest(text), 16) % 10 == 0
 
 
 def main(folder: Path) -> None:

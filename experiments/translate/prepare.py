@@ -3,9 +3,10 @@
     python -m experiments.translate.prepare runs/translate/data
 
 Strings of Home Assistant (homeassistant 2026.2.3, Apache-2.0, whose wheel pip fetches) of 2 to 12 words. A tenth is held
-out by a hash of the English text, the same for all languages. A pair is not trained on if either side of it, without case
-and punctuation, is a side of a held-out pair of its language. The translation memory answers with the translation of
-the training text whose TF-IDF vector is the nearest: of words, or of 1 to 4 letters, whichever has the higher BLEU.
+out by a hash of the English text, the same for all languages. A pair is not trained on if either side of it, without case,
+ASCII punctuation and the words a, an and the, is a side of a held-out pair of its language. The translation memory answers
+with the translation of the training text whose TF-IDF vector is the nearest: of words, or of 1 to 4 letters, whichever has
+the higher BLEU on the held-out pairs.
 """
 
 import sys
@@ -26,7 +27,7 @@ Pair = tuple[str, str]
 
 
 def plain(text: str) -> str:
-    """A text without case and punctuation, by which duplicates are found."""
+    """A text without case, ASCII punctuation and the words a, an and the, by which duplicates are found."""
     return " ".join(words(text))
 
 

@@ -174,10 +174,14 @@ def _package_pattern(source: str) -> str:
     return os.path.join(glob.escape(spec.submodule_search_locations[0]), pattern)
 
 
+def _unpacked(path: Path) -> Path:
+    """What a file would be called if it were not packed."""
+    return path.with_suffix("") if path.suffix in (".gz", ".zst") else path
+
+
 def _from_files(paths: Iterable[Path]) -> Iterator[Record]:
     for path in paths:
-        packed = path.suffix in (".gz", ".zst")
-        plain = path.with_suffix("") if packed else path
+        plain = _unpacked(path)
         if plain.suffix == ".jsonl":
             for number, line in enumerate(_lines(path), 1):
                 if line.strip():
@@ -186,7 +190,7 @@ def _from_files(paths: Iterable[Path]) -> Iterator[Record]:
             yield from _from_table(path, "," if plain.suffix == ".csv" else "\t")
         else:
             # How large a file is everybody sees, but not what it unpacks to.
-            content = _joined(_chunks(path), str(path)) if packed else b"".join(_chunks(path))
+            content = b"".join(_chunks(path)) if plain == path else _joined(_chunks(path), str(path))
             yield Record(str(path), {WHOLE_FILE: content}, whole=True)
 
 
@@ -224,7 +228,7 @@ def _pair(source: str) -> list[Path]:
 def _from_pair(first: Path, second: Path, source: str) -> Iterator[Record]:
     """A record for each pair of lines. Lines that are empty on both sides are left out."""
     paths = first, second
-    plain = [path.with_suffix("") if path.suffix in (".gz", ".zst") else path for path in paths]
+    plain = list(map(_unpacked, paths))
     choices = ([path.suffix.removeprefix(".") for path in plain], [path.stem for path in plain],
                [path.parent.name for path in plain])
     names = next((names for names in choices if all(names) and names[0] != names[1]), None)
