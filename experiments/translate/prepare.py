@@ -3,12 +3,13 @@
     python -m experiments.translate.prepare runs/translate/data
 
 Strings of Home Assistant (homeassistant 2026.2.3, Apache-2.0, whose wheel pip fetches) of 2 to 12 words. A tenth is held
-out by a hash of the English text, the same for all languages. A pair is not trained on if either side of it, without case,
-ASCII punctuation and the words a, an and the, is a side of a held-out pair of its language. The translation memory answers
-with the translation of the training text whose TF-IDF vector is the nearest: of words, or of 1 to 4 letters, whichever has
-the higher BLEU on the held-out pairs.
+out by a hash of the words of the English text, the same for all languages. A pair is not trained on if either side of it,
+without case and punctuation, is a side of a held-out pair of its language. The translation memory answers with the
+translation of the training text whose TF-IDF vector is the nearest: of words, or of 1 to 4 letters, whichever has the higher
+BLEU on the held-out pairs.
 """
 
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from experiments.baselines import nearest
 from experiments.multitask.prepare import interface, translations
 from experiments.records import command, write
 from experiments.sentiment.prepare import held_out
-from moejax.metrics.text import scorers, text_metrics, words
+from moejax.metrics.text import scorers, text_metrics
 
 LANGUAGES = {"de": "german", "fr": "french", "es": "spanish"}
 WORDS = range(2, 13)
@@ -27,8 +28,8 @@ Pair = tuple[str, str]
 
 
 def plain(text: str) -> str:
-    """A text without case, ASCII punctuation and the words a, an and the, by which duplicates are found."""
-    return " ".join(words(text))
+    """The words of a text, without case and punctuation, by which duplicates are found and texts held out."""
+    return " ".join(re.findall(r"\w+", text.lower()))
 
 
 def split(pairs: Sequence[Pair]) -> tuple[list[Pair], list[Pair]]:
@@ -44,7 +45,7 @@ def split(pairs: Sequence[Pair]) -> tuple[list[Pair], list[Pair]]:
             sides = [plain(text) for text in pair]
             known = any(side in before for side, before in zip(sides, seen))
             repeated = sides[0] in own[0] if not held else any(side in mine for side, mine in zip(sides, own))
-            if held_out(pair[0].lower()) == held and not known and not repeated:
+            if held_out(sides[0]) == held and not known and not repeated:
                 parts[held].append(pair)
                 for side, mine in zip(sides, own):
                     mine.add(side)
