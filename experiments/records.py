@@ -1,6 +1,7 @@
 """What the prepare scripts of the experiments share: fetching a package's file, writing records, and how a command ends."""
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -63,6 +64,9 @@ def command(prepare: Callable[[Path], None], name: str) -> int:
         given = sys.argv[1:]
         check(len(given) == 1 and not given[0].startswith("-"),
               f"give the folder to write, as in: python -m experiments.{name}.prepare runs/{name}/data")
-        prepare(Path(given[0]))
+        folder = Path(given[0])
+        there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+        check(there.is_dir() and os.access(there, os.W_OK), f"{folder}: cannot be written; give another folder")
+        prepare(folder)
 
     return exit_status(work, "the same command begins anew")

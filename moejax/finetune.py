@@ -21,8 +21,8 @@ class Finetune:
     train: tuple[str, ...] | None = key(None, "patterns of the parameters that move; None: all, or with lora_rank none but "
                                         "the adapters and a new head")
     freeze: tuple[str, ...] = key((), "patterns of parameters that stay as they are, among those that would move")
-    freeze_blocks: tuple[int, ...] = key((), "numbers of blocks whose parameters stay as they are, from 0, an encoder's "
-                                         "before its decoder's", low=0)
+    freeze_blocks: tuple[int, ...] = key((), "numbers of blocks that stay as they are, with their routers' state, from 0, "
+                                         "an encoder's before its decoder's", low=0)
     layer_decay: float = key(1.0, "factor on the learning rate from each block to the one before it; 1 at the head, and "
                              "the embedding is before the first block", low=0, high=1)
     lora_rank: int = key(0, "rank of the adapters beside the chosen weight matrices (LoRA 2106.09685); 0 has none", low=0)

@@ -133,6 +133,10 @@ def resolve(given: "Task | dict | None", model: ModelConfig, where: str = "confi
           f"{where}.class_weights needs as many {where}.labels, in the same order")
     check(task.samplings > 1 or task.sampling_alpha == Task.sampling_alpha, f"{where}.sampling_alpha={task.sampling_alpha} "
           f"has no effect without {where}.samplings; set that to 2 or more, or leave this out")
+    unsmoothed = task.objective in ("multi_label", "regression")
+    for option, idle in (("label_smoothing", unsmoothed), ("head_z_weight", task.head == "classes")):
+        check(not (idle and getattr(task, option)), f"{where}.{option}={getattr(task, option)} has no effect on "
+              f"{task.objective}; leave it out")
     hides = {"masked_lm": "mask_rate", "span_corruption": "noise_density", "ul2": "objective"}.get(task.objective)
     check(not (task.input_mask_rate and hides), f"{where}.input_mask_rate={task.input_mask_rate}: "
           f"{where}.objective={task.objective} hides tokens itself, by {where}.{hides}; leave it out")

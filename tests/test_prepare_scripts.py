@@ -66,6 +66,15 @@ def test_a_missing_folder_is_told_in_one_line(name, monkeypatch, capsys):
                                            f"{name}.prepare runs/{name}/data\n")
 
 
+def test_an_unwritable_folder_is_told_before_anything_is_fetched(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("kept")
+    for folder in (tmp_path / "file", tmp_path / "file" / "data"):
+        monkeypatch.setattr(sys, "argv", ["prepare.py", str(folder)])
+        assert records.command(lambda path: pytest.fail("it went on"), "translate") == 2
+        assert capsys.readouterr().err == f"moejax: {folder}: cannot be written; give another folder\n"
+    assert (tmp_path / "file").read_text() == "kept"
+
+
 @pytest.mark.parametrize("name", ("summarize", "translate"))
 def test_missing_scorers_are_told_before_anything_is_written(name, tmp_path, monkeypatch, capsys):
     prepare = importlib.import_module(f"experiments.{name}.prepare")

@@ -2,6 +2,7 @@
 
 from typing import Any, Mapping, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -34,22 +35,34 @@ class Moving(NamedTuple):
                      for moves in (True, False))
 
     def scaled(self, rule: optax.GradientTransformation) -> optax.GradientTransformation:
-        """An update rule whose updates are multiplied by the factors; where they are 0, gradients count for nothing."""
+        """An update rule whose updates are multiplied by the factors."""
         if all(np.all(factor == 1) for factor in self.factors.values()):
             return rule
+        return optax.chain(rule, optax.stateless(lambda updates, params=None: times(self.factors, updates)))
 
-        def scale(factors: Mapping[Path, np.ndarray]) -> optax.GradientTransformation:
-            def multiply(updates: Any, params: Any = None) -> Any:
-                del params
-                scaled = {}
-                for path, update in flatten_dict(updates).items():
-                    factor = factors[path].reshape(-1, *[1] * (update.ndim - 1))
-                    scaled[path] = jnp.where(factor == 0, 0, update * factor)  # also where 0 / 0 came of an eps of 0
-                return unflatten_dict(scaled)
-            return optax.stateless(multiply)
+    def counted(self, grads: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Gradients with zeros where a parameter stays though others of its array move, so that they count for nothing."""
+        if all(np.all(factor > 0) for factor in self.factors.values()):
+            return grads
+        return times({path: (factor > 0).astype(np.float32) for path, factor in self.factors.items()}, grads)
 
-        still = {path: (factor > 0).astype(np.float32) for path, factor in self.factors.items()}
-        return optax.chain(scale(still), rule, scale(self.factors))
+    def following(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+        """The routers' new state, but the old one in blocks of which no parameter moves."""
+        def of_block(stack: str, block: str) -> Any:
+            own = [factor > 0 for path, factor in self.factors.items() if path[:2] == (stack, block)]
+            moves_R = np.any(np.stack(own), axis=0) if own else np.zeros(1, bool)
+            return jax.tree.map(lambda a, b: jnp.where(moves_R.reshape(-1, *[1] * (a.ndim - 1)), b, a),
+                                old[stack][block], new[stack][block])
+        return {stack: {block: of_block(stack, block) for block in blocks} for stack, blocks in old.items()}
+
+
+def times(factors: Mapping[Path, np.ndarray], updates: Mapping[str, Any]) -> dict[str, Any]:
+    """Updates times the factors on the repeats of their arrays."""
+    scaled = {}
+    for path, update in flatten_dict(updates).items():
+        factor = factors[path].reshape(-1, *[1] * (update.ndim - 1))
+        scaled[path] = jnp.where(factor == 0, 0, update * factor)  # also where the update is no finite number
+    return unflatten_dict(scaled)
 
 
 def join(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:

@@ -189,12 +189,14 @@ def make_functions(config: Config, model: transformer.Transformer, chosen: Movin
     return Functions(
         split=chosen.split,
         join=join,
+        counted=chosen.counted,
         totals=lambda batch: transformer.count_totals(batch["segments"], batch.get("source_segments")),
         forward=forward,
         objective=objective,
         measure=measure,
         wholes=transformer.statistics_of if sparse and router.needs_whole(config.moe) else None,
-        update_router=partial(transformer.update_router_state, config.moe),
+        update_router=lambda state, records: chosen.following(
+            state, transformer.update_router_state(config.moe, state, records)),
         loss_weights=router.loss_weights(config.moe) if sparse else {})
 
 

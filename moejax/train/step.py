@@ -22,6 +22,7 @@ class Functions(NamedTuple):
     Attributes:
       split: params -> (those that move, those that stay).
       join: puts them together again.
+      counted: gradients of those that move -> the same with zeros for the parts of them that stay.
       totals: batch -> the `totals` argument of `forward`.
       forward: (params, router_state, batch, train, key, totals, wholes) -> (x, records), x being what the objective takes.
       objective: (params, x, batch) -> (sum to minimise, sums to report).
@@ -33,6 +34,7 @@ class Functions(NamedTuple):
 
     split: Callable[[Any], tuple[Any, Any]]
     join: Callable[[Any, Any], Any]
+    counted: Callable[[Any], Any]
     totals: Callable[[Batch], Any]
     forward: Callable[..., tuple[Array, Any]]
     objective: Callable[[Any, Array, Batch], tuple[Array, dict[str, Array]]]
@@ -82,7 +84,7 @@ def gradients(functions: Functions, state: TrainState, batch: Batch, parts: int)
     differentiate = jax.grad(loss, has_aux=True)
     if parts == 1:
         grads, (means, records) = differentiate(moving, batch, key, None)
-        return grads, means, records
+        return functions.counted(grads), means, records
 
     split = micro_batches(batch, parts)
     keys = jax.random.split(key, parts)
@@ -98,7 +100,7 @@ def gradients(functions: Functions, state: TrainState, batch: Batch, parts: int)
         wholes = functions.wholes(add_up(lambda part, part_key: functions.forward(
             state.params, state.router_state, part, True, part_key, totals, None)[1]))
     grads, (means, records) = add_up(lambda part, part_key: differentiate(moving, part, part_key, wholes))
-    return grads, means, records
+    return functions.counted(grads), means, records
 
 
 def train_step(functions: Functions, optimizer: optax.GradientTransformation, parts: int, state: TrainState,

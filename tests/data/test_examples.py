@@ -190,3 +190,11 @@ def test_labels_of_one_form_are_one_label():
 def test_objectives_that_hide_tokens_themselves_take_no_other_rate(kind, objective):
     with pytest.raises(UserError, match=f"objective={objective} hides tokens itself"):
         resolve({"objective": objective, "input_mask_rate": 0.1}, build({"model": {"kind": kind}}).model)
+
+
+@pytest.mark.parametrize("objective, option", [("regression", "label_smoothing"), ("multi_label", "label_smoothing"),
+                                               ("classification", "head_z_weight")])
+def test_options_of_other_losses_are_no_options(objective, option):
+    model = build({"model": {"kind": "encoder", "head": "classes"}}).model
+    with pytest.raises(UserError, match=f"config.data.task.{option}=0.1 has no effect on {objective}; leave it out"):
+        resolve({"objective": objective, option: 0.1}, model)

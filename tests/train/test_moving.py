@@ -53,7 +53,9 @@ def test_only_what_train_names_moves(name):
 
 @pytest.mark.slow
 def test_frozen_blocks_stay_and_the_others_move_as_without_clipping_by_them():
-    moved, _ = stepped(freeze_blocks=(0, 2))
+    moved, state = stepped(freeze_blocks=(0, 2), config={"moe__router": "loss_free"})
+    bias_RE = np.asarray(state.router_state["stack_1"]["block_0"]["bias_E"])
+    assert np.any(bias_RE[0]) and not np.any(bias_RE[1])
     for path, by in moved.items():
         if path[0] == "stack_0":
             assert not np.any(by)
@@ -61,6 +63,23 @@ def test_frozen_blocks_stay_and_the_others_move_as_without_clipping_by_them():
             assert np.any(by[0]) and not np.any(by[1]), path
         else:
             assert np.any(by), path
+
+
+def test_what_stays_counts_for_nothing_and_its_router_state_follows():
+    """Block 0 is stack_0, blocks 1 and 2 are the repeats of stack_1."""
+    config = tiny_config(train__finetune={"freeze_blocks": (0, 2)}, moe__router="loss_free")
+    _, params, router_state = tiny_model(config)
+    functions, chosen = tiny_functions(config, transformer.build(config))
+    grads = jax.tree.map(lambda a: np.full(a.shape, np.nan), chosen.split(params)[0])
+    for path, grad in flatten_dict(functions.counted(grads)).items():
+        assert np.isnan(grad[0] if path[0] == "stack_1" else grad).all(), path
+        assert path[0] != "stack_1" or not np.any(grad[1])
+    new = chosen.following(router_state, jax.tree.map(lambda a: a + 1, router_state))
+    changed = {path: np.any(np.asarray(leaf), axis=1).tolist() for path, leaf in flatten_dict(new).items()}
+    assert changed == {("stack_1", "block_0", "bias_E"): [True, False]}
+    _, adapted = tiny_functions(tiny_config(train__finetune={"lora_rank": 2}, moe__router="loss_free"),
+                                transformer.build(config))
+    assert not np.any(flatten_dict(adapted.following(router_state, new))["stack_1", "block_0", "bias_E"])
 
 
 @pytest.mark.slow
