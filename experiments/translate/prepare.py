@@ -5,8 +5,8 @@
 Strings of Home Assistant (homeassistant 2026.2.3, Apache-2.0, whose wheel pip fetches) of 2 to 12 words. A tenth is held
 out by a hash of the words of the English text, the same for all languages. A pair is not trained on if either side of it,
 without case and punctuation, is a side of a held-out pair of its language. The translation memory answers with the
-translation of the training text whose TF-IDF vector is the nearest: of words, or of 1 to 4 letters, whichever has the higher
-BLEU on the held-out pairs.
+translation of the training text whose TF-IDF vector is the nearest: of words, or of 1 to 4 letters, for each score whichever
+has the higher one on the held-out pairs.
 """
 
 import re
@@ -54,12 +54,12 @@ def split(pairs: Sequence[Pair]) -> tuple[list[Pair], list[Pair]]:
 
 
 def memory(train: Sequence[Pair], test: Sequence[Pair]) -> dict[str, float]:
-    """Scores of the better translation memory, with the texts themselves to be told as references."""
+    """The better of two translation memories by each score, with the texts themselves to be told as references."""
     found = []
     for how in ({"analyzer": "word", "token_pattern": r"\w+"}, {"analyzer": "char_wb", "ngram_range": (1, 4)}):
         indices, _ = nearest([english for english, _ in train], [english for english, _ in test], **how)
         found.append(text_metrics([train[index][1] for index in indices], [other for _, other in test]))
-    return max(found, key=lambda scores: scores["bleu"])
+    return {name: max(scores[name] for scores in found) for name in found[0]}
 
 
 def main(folder: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from moejax.bounded import read_object
 from moejax.checkpoint.made import ORIGINAL, TOKENIZER_FILES, built_beside, copy_present, find_tokenizer
 from moejax.checkpoint.workdir import read_config
-from moejax.config import UserError
+from moejax.config import UserError, check
 
 
 def origin_of(workdir: Path) -> Path | None:
@@ -35,6 +35,16 @@ def shares_tokenizer(workdir: Path, origin: Path) -> bool:
         return True
     ours, theirs = (find_tokenizer(folder / "data") for folder in (workdir, origin.parent))
     return ours is not None and theirs is not None and ours.read_bytes() == theirs.read_bytes()
+
+
+def check_tokens(workdir: Path, start: Path) -> None:
+    """Raises `UserError` if a run cuts its texts otherwise than the model that it starts from, whose ids would then mean
+    other pieces. A model without a tokenizer is taken as it is."""
+    if (start / "data" / "tokenizer_config.json").is_file():
+        own, theirs = (find_tokenizer(folder / "data") for folder in (workdir, start))
+        same = (own and own.read_bytes()) == (theirs and theirs.read_bytes())
+        check(same, f"config.train.init_from={start} was not trained with the tokenizer of this run; delete {workdir} and "
+              f"set config.data.tokenizer={theirs or 'bytes'}")
 
 
 def keep_origin(workdir: Path) -> None:

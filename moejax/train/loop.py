@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from moejax import processes
 from moejax.checkpoint import Store, open_workdir, place
-from moejax.checkpoint.origin import keep_origin
+from moejax.checkpoint.origin import check_tokens, keep_origin
 from moejax.config import Config, UserError, check
 from moejax.data.mixing import open_loader
 from moejax.data.prepare import prepare
@@ -88,6 +88,8 @@ def train(config: Config, workdir: Path) -> Finished:
     tuning = setup.config.train.finetune
     with processes.same_fate():
         store = Store(workdir, config.train.keep, metric=tuning.metric, lower=tuning.lower)
+        if config.train.init_from is not None and not store.steps():
+            check_tokens(workdir, Path(config.train.init_from))
         recorder = Recorder(workdir) if chief else None
     try:
         with jax.set_mesh(setup.mesh), stop_on_signal(setup.config.train.faults.save_on_preemption) as stop_requested:

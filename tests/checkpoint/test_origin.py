@@ -6,8 +6,8 @@ import shutil
 import pytest
 
 from moejax.checkpoint.made import copy_data
-from moejax.checkpoint.origin import copy_tokenizer, end_tokens, keep_origin, origin_of
-from moejax.config import default
+from moejax.checkpoint.origin import check_tokens, copy_tokenizer, end_tokens, keep_origin, origin_of
+from moejax.config import UserError, default
 
 
 def make_run(folder, tokenizer, init_from=None):
@@ -78,3 +78,16 @@ def test_a_run_that_reads_as_the_checkpoint_keeps_its_files_and_hands_them_on(im
     (made := tmp_path / "made").mkdir()  # of the tuned one, as upcycling and compression do
     copy_data(tuned, made)
     assert end_tokens(made, 100) == (7, 5) and (made / "hf" / "special_tokens_map.json").exists()
+
+
+def test_a_run_starts_from_a_model_that_reads_the_same_tokens(imported, tmp_path):
+    check_tokens(make_run(tmp_path / "tuned", "as read"), imported)
+    check_tokens(make_run(tmp_path / "anyhow", "another"), tmp_path / "without tokenizer")
+    other, run = make_run(tmp_path / "other", "another"), make_run(tmp_path / "bytes", "x")
+    (run / "data" / "tokenizer.json").unlink()
+    check_tokens(run, run)
+    for own, start, name in ((other, imported, imported / "data" / "tokenizer.json"), (run, imported, "tokenizer.json"),
+                             (imported, run, "config.data.tokenizer=bytes")):
+        with pytest.raises(UserError, match="was not trained with the tokenizer of this run; delete ") as caught:
+            check_tokens(own, start)
+        assert str(caught.value).endswith(str(name))

@@ -132,7 +132,7 @@ def test_a_mixture_of_one_task_trains_as_the_task_alone_bit_for_bit(records, tmp
 def test_the_best_goes_by_a_task_and_prompts_need_one(run, records, capfd):
     workdir, finished = run
     assert finished.best.metric == "task/words/loss" and finished.best.value == finished.evaluation["task/words/loss"]
-    assert commands.sample(config_lib.build(config(records, sample_prompt="x")), finished) == (
+    assert commands.sample(config_lib.build(config(records, sample_prompt="x")), finished, ()) == (
         "no sample: this model has several tasks; name one with --task (parity, words)")
     generate = ("main", f"--workdir={workdir}", "--mode=generate", "--prompt=number 3", "--max_new_tokens=2")
     assert main([*generate]) == 2 and "name one with --task (parity, words)" in capfd.readouterr().err

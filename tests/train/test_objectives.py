@@ -79,11 +79,16 @@ def test_two_steps(name, kind, router):
         assert router not in (*LEARNED, "hash") or not still, still
 
 
-@pytest.mark.parametrize("name, kind", [("masked_lm", "encoder"), ("seq2seq", "encoder_decoder"),
-                                        ("classification", "encoder"), ("prefix_lm", "decoder")])
-def test_padding_rows_and_batch_mates_change_nothing(name, kind):
+QUICK = {("masked_lm", "encoder"), ("seq2seq", "encoder_decoder"), ("classification", "encoder"), ("prefix_lm", "decoder")}
+
+
+@pytest.mark.parametrize("name, kind, router", [
+    pytest.param(name, kind, router, marks=[] if router == "topk" and (name, kind) in QUICK else pytest.mark.slow)
+    for name, objective in OBJECTIVES.items() for kind in objective.kinds
+    for router in ("topk", "expert_choice", "hash", "soft_moe")])
+def test_padding_rows_and_batch_mates_change_nothing(name, kind, router):
     """The sums of a batch are those of its rows alone, and a row of zeros adds nothing."""
-    config, (batch, _) = case(name, kind, "topk")
+    config, (batch, _) = case(name, kind, router)
     model, params, router_state = tiny_model(config)
     functions, _ = tiny_functions(config, model)
 
@@ -99,3 +104,19 @@ def test_padding_rows_and_batch_mates_change_nothing(name, kind):
     parts = [sums(part(slice(0, 5), 3)), sums(part(slice(5, 8), 5))]
     for key, value in whole.items():
         np.testing.assert_allclose(float(parts[0][key]) + float(parts[1][key]), float(value), rtol=2e-5)
+
+
+def test_the_classes_of_a_config_weigh_as_it_says():
+    """Rows of a class without weight count for nothing, those of another three times."""
+    def objective(**task):
+        config = tiny_config(model__kind="encoder", model__head="classes", model__classes=3, model__layers=1,
+                             moe__first_dense=0, data__task={"objective": "classification", **task})
+        functions, _ = tiny_functions(config, tiny_model(config)[0])
+        batch = {"targets": np.array([0, 2, 1, 2]), "mask": np.array([True, True, True, False])}
+        return functions.objective({}, np.random.default_rng(0).normal(size=(4, 3)), batch)
+
+    (plain, plain_sums), (weighed, sums) = objective(), objective(labels=["a", "b", "c"], class_weights=[0.0, 1.0, 3.0])
+    losses = -np.asarray(jax.nn.log_softmax(np.random.default_rng(0).normal(size=(4, 3))))
+    np.testing.assert_allclose([plain, weighed], [losses[0, 0] + losses[1, 2] + losses[2, 1],
+                                                  3 * losses[1, 2] + losses[2, 1]], rtol=1e-5)
+    assert plain_sums["loss"] == sums["loss"] == plain
