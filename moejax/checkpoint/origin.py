@@ -43,8 +43,8 @@ def check_tokens(workdir: Path, start: Path) -> None:
     if (start / "data" / "tokenizer_config.json").is_file():
         own, theirs = (find_tokenizer(folder / "data") for folder in (workdir, start))
         same = (own and own.read_bytes()) == (theirs and theirs.read_bytes())
-        check(same, f"config.train.init_from={start} was not trained with the tokenizer of this run; delete {workdir} and "
-              f"set config.data.tokenizer={theirs or 'bytes'}")
+        check(same, f"config.train.init_from={start} was not trained with the tokenizer of this run; set "
+              f"config.data.tokenizer={theirs or 'bytes'}")
 
 
 def keep_origin(workdir: Path) -> None:
