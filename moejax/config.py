@@ -196,8 +196,8 @@ class TrainConfig:
     eval_batches: int | None = key(None, "batches of an evaluation; None takes the whole held-out split", low=1,
                                    free=True)
     checkpoint_every: int = key(200, "steps between checkpoints; the last step always saves", low=1, free=True)
-    keep: int = key(2, "newest checkpoints to keep; of those with an evaluation the best by finetune.metric stays too", low=1,
-                    free=True)
+    keep: int = key(2, "newest checkpoints to keep; of those with an evaluation the best by finetune.metric stays too",
+                    low=1, free=True)
     microbatches: int = key(1, "parts into which a batch is split to save memory; the result is the big batch's", low=1)
     remat: str = key("none", "what the backward pass recomputes: nothing, all but matmul results, or whole blocks",
                      choices=("none", "dots", "full"), free=True)

@@ -5,8 +5,8 @@
 Strings of Home Assistant (homeassistant 2026.2.3, Apache-2.0, whose wheel pip fetches) of 2 to 12 words. A tenth is held
 out by a hash of the words of the English text, the same for all languages. A pair is not trained on if either side of it,
 without case and punctuation, is a side of a held-out pair of its language. The translation memory answers with the
-translation of the training text whose TF-IDF vector is the nearest: of words, or of 1 to 4 letters, for each score whichever
-has the higher one on the held-out pairs.
+translation of the training text whose TF-IDF vector is the nearest: of words, or of 1 to 4 letters, for each score
+whichever has the higher one on the held-out pairs.
 """
 
 import re

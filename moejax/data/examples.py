@@ -96,11 +96,9 @@ def text_of(record: sources.Record, name: str, key: str) -> str:
 
 
 def plain(value: Any) -> Any:
-    """A value without the types of numpy and without bytes, as TFDS has them."""
+    """A value without the types of numpy, as TFDS has them."""
     value = value.tolist() if hasattr(value, "tolist") else value
-    if isinstance(value, list):
-        return [plain(part) for part in value]
-    return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+    return [plain(part) for part in value] if isinstance(value, list) else value
 
 
 def read_label(record: sources.Record, task: Task) -> Any:
@@ -118,8 +116,17 @@ def read_label(record: sources.Record, task: Task) -> Any:
     fitting = isinstance(value, (list, tuple)) if several else not isinstance(value, (list, tuple, dict, type(None)))
     check(fitting, f"{record.where}: field {task.label!r} holds {value!r}, which is no "
           + ("list of labels" if several else "label"))
-    names = tuple(sorted({normal(task, str(name)) for name in value})) if several else (normal(task, str(value)),)
+    names = tuple(sorted({named(record, task, name) for name in value})) if several else (named(record, task, value),)
     for name in names:
         check(task.labels is None or name in task.labels, f"{record.where}: label {name!r} is none of "
               f"config.data.task.labels={', '.join(task.labels or ())}")
     return names if several else names[0]
+
+
+def named(record: sources.Record, task: Task, label: Any) -> str:
+    """The name of a label. Raises `UserError` if it is no text, or empty and not one that the config lists."""
+    name = normal(task, sources.readable(label if isinstance(label, bytes) else str(label), record.where, task.label))
+    check(bool(name.strip()) or name in (task.labels or ()), f"{record.where}: field {task.label!r} is empty, which is no "
+          "label; leave the record out, or set config.data.on_bad_record=skip")
+    check(label == label, f"{record.where}: field {task.label!r} holds not a number, which is no label")
+    return name

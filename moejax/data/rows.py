@@ -11,7 +11,7 @@ from moejax.config import Config, check
 from moejax.data.packing import num_windows, pack
 from moejax.data.prepared import TokenStream
 from moejax.data.specials import special_ids
-from moejax.data.tokenizers import Tokenizer
+from moejax.data.tokenizers import Tokenizer, Words
 from moejax.objectives.masked_lm import mask_tokens
 from moejax.objectives.prefix_lm import draw_prefix
 from moejax.objectives.span_corruption import corrupt, draw_spans
@@ -88,10 +88,11 @@ def _make_rows(stream: TokenStream, tokenizer: Tokenizer, config: Config) -> Row
     if task.objective == "prefix_lm":
         return Rows(count, lambda index, rng: with_prefix(packed(index), rng))
     mask_id, = specials
-    starts_V = tokenizer.word_starts() if task.whole_words else np.ones(tokenizer.vocab_size, bool)
-    check(starts_V is not None, f"config.data.task.whole_words: config.data.tokenizer={data.tokenizer} does not tell where "
+    size = tokenizer.vocab_size
+    words = tokenizer.words() if task.whole_words else Words(np.ones(size, bool), np.zeros(size, bool))
+    check(words is not None, f"config.data.task.whole_words: config.data.tokenizer={data.tokenizer} does not tell where "
           "words begin; set it to False")
-    return Rows(count, lambda index, rng: masked(packed(index), starts_V, separator, mask_id, task.mask_rate, rng))
+    return Rows(count, lambda index, rng: masked(packed(index), words, separator, mask_id, task.mask_rate, rng))
 
 
 def with_hidden(row: Row, controls: list[int], hidden_id: int, rate: float, rng: np.random.Generator) -> Row:
@@ -114,13 +115,14 @@ def with_hidden(row: Row, controls: list[int], hidden_id: int, rate: float, rng:
     return row | {f"{part}tokens": np.where(hidden_L, np.int32(hidden_id), tokens_L)}
 
 
-def masked(row: Row, starts_V: np.ndarray, separator_id: int, mask_id: int, rate: float, rng: np.random.Generator) -> Row:
+def masked(row: Row, words: Words, separator_id: int, mask_id: int, rate: float, rng: np.random.Generator) -> Row:
     """A packed window for an encoder that is to tell the hidden tokens. Separators are never hidden."""
     tokens_L = row["tokens"]
     real_L = (row["segments"] > 0) & (tokens_L != separator_id)
-    known_L = tokens_L < len(starts_V)
-    starts_L = np.where(known_L, starts_V[np.where(known_L, tokens_L, 0)], True)
-    seen_L, chosen_L = mask_tokens(tokens_L, real_L, starts_L, rate, mask_id, len(starts_V), rng)
+    known_L = tokens_L < len(words.starts_V)
+    starts_L, blank_L = (np.where(known_L, of_V[np.where(known_L, tokens_L, 0)], True) for of_V in words)
+    starts_L |= np.roll(blank_L, 1)
+    seen_L, chosen_L = mask_tokens(tokens_L, real_L, starts_L, rate, mask_id, len(words.starts_V), rng)
     return row | {"tokens": seen_L.astype(np.int32), "targets": tokens_L, "mask": chosen_L}
 
 

@@ -102,7 +102,8 @@ def value(record: Record, name: str, key: str) -> Any:
     inner: Any = record.fields
     try:
         for part in name.split("."):
-            inner = inner[part] if isinstance(inner, dict) else inner[int(part)]
+            by_name = isinstance(inner, (dict, str, bytes))  # a text has no part by number
+            inner = inner[part] if by_name else inner[int(part)]
     except (KeyError, IndexError, ValueError, TypeError):
         known = f" to one of {', '.join(record.fields)}" if record.fields else ""
         raise UserError(f"{record.where}: no field {name!r}; set {key}{known}") from None
@@ -112,11 +113,14 @@ def value(record: Record, name: str, key: str) -> Any:
 def field(record: Record, name: str, key: str) -> str:
     """A field that holds text. Raises `UserError` as `value` does, or if it holds none."""
     text = value(record, name, key)
-    if isinstance(text, bytes):
-        text = _decode(text, record.where)
-    check(isinstance(text, str), f"{record.where}: field {name!r} holds no string; set {key}")
-    check(not _broken(text),
-          f"{record.where}: half of a surrogate pair is no text; repair the \\ud... escape in field {name!r}")
+    check(isinstance(text, (str, bytes)), f"{record.where}: field {name!r} holds no string; set {key}")
+    return readable(text, record.where, name)
+
+
+def readable(text: str | bytes, where: str, name: str) -> str:
+    """The text of a field `name`. Raises `UserError` with the place if it is not UTF-8, or half of a surrogate pair."""
+    text = _decode(text, where) if isinstance(text, bytes) else text
+    check(not _broken(text), f"{where}: half of a surrogate pair is no text; repair the \\ud... escape in field {name!r}")
     return text
 
 

@@ -7,9 +7,10 @@ every document; `encode` never yields it, whatever the text says.
 import contextlib
 import dataclasses
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,6 +24,22 @@ META = "\u2581"
 SEPARATORS = ("<s>", "<bos>", "[BOS]", "<|begin_of_text|>", "<|startoftext|>", "<|endoftext|>", "</s>", "<eos>",
               "<|end_of_text|>", "[SEP]")
 """Names of a beginning-of-text token, then of an end-of-text token, by which a tokenizer.json is searched."""
+
+
+WHITE = re.compile(r"(\s|[\u0109\u010a\u010d]|<0x(09|0A|0D)>)+")
+"""White space but blanks, as pieces have it: itself, the stand-ins of byte-level BPE, or the bytes of SentencePiece."""
+
+
+class Words(NamedTuple):
+    """Where words begin, by id.
+
+    Attributes:
+      starts_V: bool, pieces with which one begins.
+      blank_V: bool, pieces of white space alone, behind which one begins.
+    """
+
+    starts_V: np.ndarray
+    blank_V: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +66,8 @@ class ByteTokenizer:
         """Ids of special tokens; None where there is no such token."""
         return [None] * len(names)
 
-    def word_starts(self) -> np.ndarray | None:
-        """Which ids begin a word, bool; None if that cannot be told."""
+    def words(self) -> Words | None:
+        """Where words begin; None if that cannot be told."""
         return None
 
     def controls(self) -> list[int]:
@@ -124,9 +141,9 @@ class SentencePieceTokenizer:
         return [None if token == unknown and name != self.processor.id_to_piece(unknown) else token
                 for token, name in zip(found, names)]
 
-    def word_starts(self) -> np.ndarray | None:
-        """Which ids begin a word, bool; None if that cannot be told."""
-        return _word_starts([self.processor.id_to_piece(token) for token in range(self.vocab_size)])
+    def words(self) -> Words | None:
+        """Where words begin; None if that cannot be told."""
+        return _words([self.processor.id_to_piece(token) for token in range(self.vocab_size)])
 
     def controls(self) -> list[int]:
         """Ids that stand for no text."""
@@ -181,9 +198,9 @@ class HuggingFaceTokenizer:
         """Ids of special tokens; None where there is no such token."""
         return [self.backend.token_to_id(name) for name in names]
 
-    def word_starts(self) -> np.ndarray | None:
-        """Which ids begin a word, bool; None if that cannot be told."""
-        return _word_starts([self.backend.id_to_token(token) or "" for token in range(self.vocab_size)])
+    def words(self) -> Words | None:
+        """Where words begin; None if that cannot be told."""
+        return _words([self.backend.id_to_token(token) or "" for token in range(self.vocab_size)])
 
     def controls(self) -> list[int]:
         """Ids that stand for no text."""
@@ -268,12 +285,14 @@ def tokenizer_files(spec: str) -> list[Path]:
     return found
 
 
-def _word_starts(pieces: Sequence[str]) -> np.ndarray | None:
-    """Which pieces begin a word: those after a blank, or all that do not go on with ##. None if neither is marked."""
+def _words(pieces: Sequence[str]) -> Words | None:
+    """Words begin after a blank, a line end or a tab, or with all pieces that do not go on with ##. None if neither is
+    marked."""
     if any(piece.startswith("##") for piece in pieces):
-        return np.array([not piece.startswith("##") for piece in pieces])
-    starts = np.array([piece.startswith((META, "\u0120")) for piece in pieces])
-    return starts if starts.any() else None
+        return Words(np.array([not piece.startswith("##") for piece in pieces]), np.zeros(len(pieces), bool))
+    starts_V = np.array([piece.startswith((META, "\u0120")) for piece in pieces])
+    blank_V = np.array([WHITE.fullmatch(piece) is not None for piece in pieces])
+    return Words(starts_V | blank_V, blank_V) if starts_V.any() else None
 
 
 def _write_marker(folder: Path, **values: str) -> None:

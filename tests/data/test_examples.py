@@ -5,9 +5,10 @@ import json
 import pytest
 
 from moejax.config import UserError, build
-from moejax.data.examples import Reader
+from moejax.data.examples import Reader, read_label, text_of
 from moejax.data.prepare import prepare
-from moejax.task import resolve
+from moejax.data.sources import Record
+from moejax.task import Task, resolve
 
 
 def quiet(line):
@@ -81,6 +82,10 @@ GOOD = {"text": "a", "target": "b", "label": "x"}
     ({"text": "a", "label": "z"}, {"objective": "multi_label"}, "holds 'z', which is no list of labels"),
     ({"text": "a", "label": "z"}, {"objective": "regression"}, "holds 'z', which is no number"),
     ({"text": "a", "label": float("nan")}, {"objective": "regression"}, "holds nan, which is no number"),
+    ({"text": "a", "label": " "}, {"objective": "classification"}, "field 'label' is empty, which is no label"),
+    ({"text": "a", "label": ["x", ""]}, {"objective": "multi_label"}, "field 'label' is empty, which is no label"),
+    ({"text": "a", "label": float("nan")}, {"objective": "classification"}, "holds not a number, which is no label"),
+    (b'{"text": "a", "label": "\\ud800"}', {"objective": "classification"}, "half of a surrogate pair"),
     ({"text": "a", "label": 10**400}, {"objective": "regression"}, "which is no number"),
     ({"text": "a", "label": 1e39}, {"objective": "regression"}, "which is no number"),
     (b'{"text": "\xff"}', {"objective": "seq2seq"}, "not UTF-8 at byte 10"),
@@ -198,3 +203,19 @@ def test_options_of_other_losses_are_no_options(objective, option):
     model = build({"model": {"kind": "encoder", "head": "classes"}}).model
     with pytest.raises(UserError, match=f"config.data.task.{option}=0.1 has no effect on {objective}; leave it out"):
         resolve({"objective": objective, option: 0.1}, model)
+
+
+@pytest.mark.parametrize("inner", ("red", b"red"))
+def test_a_text_has_no_part_by_number(inner):
+    record = Record("a.jsonl, line 3", {"answers": {"text": inner, "list": [inner]}})
+    assert text_of(record, "answers.list.0", "config.data.task.target") == "red"
+    with pytest.raises(UserError, match="a.jsonl, line 3: no field 'answers.text.0'"):
+        text_of(record, "answers.text.0", "config.data.task.target")
+
+
+def test_labels_that_are_bytes_are_read_as_texts_are():
+    task = Task("classification")
+    assert read_label(Record("a data set, example 3", {"label": "caf\u00e9".encode()}), task) == "caf\u00e9"
+    with pytest.raises(UserError, match="a data set, example 3: not UTF-8 at byte 1"):
+        read_label(Record("a data set, example 3", {"label": b"a\xff"}), task)
+    assert read_label(Record("a", {"label": ""}), Task("classification", labels=("", "x"))) == ""

@@ -3,6 +3,7 @@
 import json
 
 import hypothesis
+import numpy as np
 import pytest
 import sentencepiece
 import tokenizers
@@ -71,6 +72,20 @@ def test_decoding_drops_separators_and_ids_that_only_the_model_has(made):
     assert tokenizer.decode([tokenizer.separator_id, *ids, tokenizer.vocab_size, tokenizer.separator_id]) == "we report"
     loaded = load_tokenizer(folder)
     assert (loaded.vocab_size, loaded.separator_id) == (tokenizer.vocab_size, tokenizer.separator_id)
+
+
+def test_words_end_at_white_space(made):
+    """Cut where words begin, a text falls into its words, each with the blank before it, and white space."""
+    tokenizer, _ = made
+    words = tokenizer.words()
+    if words is None:
+        assert tokenizer.name == "bytes"
+        return
+    text = "we report\nthe people of\tthe\n\nunited states"
+    ids = np.array(tokenizer.encode(text))
+    begins = words.starts_V[ids] | np.roll(words.blank_V[ids], 1)
+    units = [tokenizer.decode(part.tolist()) for part in np.split(ids, np.flatnonzero(begins)) if len(part)]
+    assert [unit.strip() for unit in units if unit.strip()] == text.split() and "".join(units) == text
 
 
 def test_training_is_a_function_of_the_documents_and_shortens_them(tmp_path):
