@@ -127,15 +127,21 @@ def parts(config: Config) -> dict[str, Config]:
     return {name: alone(task) for name, task in mixture.tasks.items()}
 
 
-def part(config: Config, name: str | None) -> Config:
-    """The config of one task. Raises `UserError` if a mixture has no task of that name, or a name is given without one."""
+def part(config: Config, name: str | None, option: str = "--task") -> Config:
+    """The config of one task. Raises `UserError` if a mixture has no task of that name, or a name is given without one.
+
+    Args:
+      config: whose task is resolved.
+      name: of the task.
+      option: of the command line with which the name is given.
+    """
     mixture = config.data.task
     if not isinstance(mixture, Mixture):
-        check(name is None, f"--task={name}: there is one task only; leave it out")
+        check(name is None, f"{option}={name}: there is one task only; leave it out")
         return config
     listed = ", ".join(mixture.names)
-    check(name is not None, f"this model has several tasks; name one with --task ({listed})")
-    check(name in mixture.tasks, f"--task={name} is none of {listed}{nearest(name, mixture.names)}")
+    check(name is not None, f"this model has several tasks; name one with {option} ({listed})")
+    check(name in mixture.tasks, f"{option}={name} is none of {listed}{nearest(name, mixture.names)}")
     return parts(config)[name]
 
 

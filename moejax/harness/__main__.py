@@ -11,6 +11,7 @@ USAGE = """python -m moejax.harness --model_args=workdir=RUN --tasks=NAMES [opti
 Evaluates a decoder with EleutherAI's lm-evaluation-harness, which has the tasks and their metrics.
 
   --model_args=workdir=RUN,step=N,max_length=N   the run, an import or a compressed model; its checkpoint; tokens of a row
+  --model_args=workdir=RUN,task=NAME             of a mixture, the task that the model answers as
   --tasks=a,b --include_path=FOLDER              the harness's tasks, and your own from a folder of YAML files
   --batch_size=N                                 rows at once (8)
 

@@ -21,10 +21,10 @@ from tqdm import tqdm
 from moejax.checkpoint.origin import end_tokens
 from moejax.config import check
 from moejax.data.tokenizers import added_text, load_tokenizer
-from moejax.evaluation.load import load
 from moejax.generation import score
-from moejax.generation.begin import bucket, check_decodable
+from moejax.generation.begin import bucket
 from moejax.generation.generate import generate
+from moejax.harness.opened import open_decoder
 from moejax.models.transformer import Transformer
 
 ROWS = 8
@@ -40,7 +40,7 @@ class HarnessModel(TemplateLM):
     """Requests come as texts. Every text begins with the separator, as in training."""
 
     def __init__(self, workdir: str, step: int | None = None, batch_size: int | str = ROWS, max_length: int | None = None,
-                 **others: Any) -> None:
+                 task: str | int | None = None, **others: Any) -> None:
         """Loads the model of a workdir.
 
         Args:
@@ -48,16 +48,14 @@ class HarnessModel(TemplateLM):
           step: of the checkpoint; None takes the newest.
           batch_size: rows that are scored or continued at once.
           max_length: tokens of a row; None takes those of the model.
+          task: which one of a mixture's; the harness turns a name of digits into a number.
           others: what the harness tells models of other libraries, such as their device.
 
         Raises:
-          UserError: as reading a run does, or for a model that does not continue text token by token.
+          UserError: as `open_decoder`.
         """
         super().__init__()
-        self.model, self.variables = load(workdir, step)
-        check(self.model.model.kind == "decoder", f"{workdir}: config.model.kind={self.model.model.kind}; the harness asks "
-              "for continuations, which are what decoders are made for")
-        check_decodable(self.model)
+        self.model, self.variables, self.config = open_decoder(workdir, step, None if task is None else str(task))
         self.tokenizer = load_tokenizer(Path(workdir) / "data")
         self.ends = end_tokens(Path(workdir), self.model.model.vocab_size)
         self.rows = int(batch_size) if str(batch_size).isdecimal() else ROWS

@@ -1,43 +1,24 @@
 """The lm-evaluation-harness on a small model: its scores are those of `moejax.logits`, its answers those of `generate`."""
 
-import dataclasses
 import json
 import sys
 import types
 
-import flax.linen as nn
 import jax
 import numpy as np
 import pytest
 
 import moejax
-from moejax.checkpoint.made import save_model
-from moejax.config import UserError, build, default
 from moejax.data.tokenizers import ByteTokenizer
 from moejax.harness.__main__ import main
-from moejax.models import transformer
 
 ROOM = 24
 TEXT = {"question": "one", "choices": [" two", " xyz!"], "label": 0, "text": "one two three four five six seven eight nine"}
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """An untrained decoder of bytes with a short context."""
-    folder = tmp_path_factory.mktemp("harness") / "run"
-    tree = default()
-    tree.model.update(dict(vocab_size=257, layers=2, embed=16, heads=2, kv_heads=1, head_dim=8, ffn=12, max_length=ROOM))
-    tree.moe.update(dict(num_experts=3, experts_per_token=2))
-    tree.data.length = ROOM
-    config = transformer.resolve(build(tree))
-    model = transformer.build(config)
-    tokens = np.zeros((1, 4), np.int32)
-    router = transformer.initial_router_state(config.model, config.moe)
-    params = model.init(jax.random.key(0), tokens, tokens, tokens + 1, router)["params"]
-    (folder / "data").mkdir(parents=True)
-    ByteTokenizer().save(folder / "data")
-    save_model(folder, folder, config, {"params": nn.meta.unbox(params), "router": router})
-    return folder
+def run(tmp_path_factory, make_run):
+    return make_run(tmp_path_factory.mktemp("harness") / "run")
 
 
 @pytest.fixture(scope="module")
@@ -130,13 +111,3 @@ def test_without_the_harness_it_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "lm_eval.__main__", None)
     assert main(["--tasks=x"]) == 2 and "[lm-eval]" in capsys.readouterr().err
     assert main(["--help"]) == 0 and "--model_args=workdir=RUN" in capsys.readouterr().out
-
-
-def test_an_encoder_is_refused(run, monkeypatch):
-    pytest.importorskip("lm_eval", reason='needs pip install -e ".[lm-eval]"')
-    from moejax.harness import adapter as module
-    model, variables = moejax.load(run)
-    monkeypatch.setattr(module, "load", lambda *_: (
-        model.clone(model=dataclasses.replace(model.model, kind="encoder")), variables))
-    with pytest.raises(UserError, match="decoders"):
-        module.HarnessModel(str(run))
