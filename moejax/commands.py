@@ -18,11 +18,11 @@ from moejax.checkpoint.lock import one_writer
 from moejax.checkpoint.origin import end_tokens, origin_of
 from moejax.checkpoint.workdir import check_continues, read_config, unchanged_on_user_error
 from moejax.config import Config, UserError, check, to_dict
+from moejax.data.asking import answers, encode_prompts, new_text, reads_prefix
 from moejax.data.baselines import unigram_bits_per_byte, xz_bits_per_byte
 from moejax.data.prepared import Prepared, load_prepared, load_references
 from moejax.data.rows import shorten
-from moejax.data.specials import special_ids
-from moejax.data.tokenizers import added_text, load_tokenizer
+from moejax.data.tokenizers import load_tokenizer
 from moejax.evaluation.load import load, load_sharded
 from moejax.generation.beam import beam_search
 from moejax.generation.generate import generate as generate_tokens
@@ -31,7 +31,7 @@ from moejax.metrics.text import scorers, text_metrics
 from moejax.mixture import number, part, parts
 from moejax.models import transformer
 from moejax.models.tasks import for_task
-from moejax.task import PAIRS, Task, normal, window_of
+from moejax.task import PAIRS, normal
 from moejax.train import benchmark as timing
 from moejax.train import loop, memory
 from moejax.train import replay as replaying
@@ -282,15 +282,7 @@ def continuations(model: Any, variables: Any, mesh: Mesh | None, tokenizer: Any,
     The mesh is that on which the variables lie; None if they are on one device. Prompts are laid out as in training, by the
     resolved config.
     """
-    separator, task = tokenizer.separator_id, config.data.task
-    if task.data == PAIRS:
-        encoded = tokenizer.frame_batch(prompts)
-    else:
-        first = separator
-        if task.objective == "ul2":  # the mode in which it goes on
-            first = special_ids(tokenizer, task, window_of(config.data, model.model.kind), model.model.vocab_size)[1]
-        encoded = [[first, *tokenizer.encode(prompt)] for prompt in prompts]
-    return written(model, variables, mesh, tokenizer, config, encoded, **options)
+    return written(model, variables, mesh, tokenizer, config, encode_prompts(tokenizer, config, prompts), **options)
 
 
 def written(model: Any, variables: Any, mesh: Mesh | None, tokenizer: Any, config: Config, encoded: list[list[int]],
@@ -299,21 +291,12 @@ def written(model: Any, variables: Any, mesh: Mesh | None, tokenizer: Any, confi
 
     `ends` are tokens beside the separator with which it may end, and which are no text.
     """
-    task = config.data.task
-    prefix = model.model.kind == "decoder" and task.objective != "next_token"
     with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
         generated = (beam_search if "beams" in options else generate_tokens)(
-            model, variables, encoded, stop_tokens=(tokenizer.separator_id, *ends), prefix=prefix, **options)
+            model, variables, encoded, stop_tokens=(tokenizer.separator_id, *ends), prefix=reads_prefix(config), **options)
     new = [[token for token in row[:n].tolist() if token not in ends] for row, n in zip(
         generated.tokens, generated.lengths)]
-    if answers(task):
-        return [tokenizer.decode(row) for row in new]
-    return [added_text(tokenizer, ids[1:], row) for ids, row in zip(encoded, new)]
-
-
-def answers(task: Task) -> bool:
-    """Whether the model writes a text of its own, rather than one that goes on where the prompt ends."""
-    return task.data == PAIRS or task.objective == "span_corruption"
+    return [new_text(tokenizer, config.data.task, ids, row) for ids, row in zip(encoded, new)]
 
 
 def comparison(record: dict[str, Any], prepared: Prepared) -> str:

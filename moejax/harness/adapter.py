@@ -5,14 +5,10 @@ Needs `pip install -e ".[lm-eval]"`.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import Array
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
@@ -20,24 +16,31 @@ from tqdm import tqdm
 
 from moejax.checkpoint.origin import end_tokens
 from moejax.config import check
-from moejax.data.tokenizers import added_text, load_tokenizer
-from moejax.generation import score
-from moejax.generation.begin import bucket
+from moejax.data.asking import encode_prompts, new_text, reads_prefix
+from moejax.data.tokenizers import load_tokenizer
 from moejax.generation.generate import generate
 from moejax.harness.opened import open_decoder
-from moejax.models.transformer import Transformer
+from moejax.harness.rows import cut, score_rows
+from moejax.task import PAIRS
 
 ROWS = 8
 """Scored or continued at once, unless it is said."""
 NEW_TOKENS = 256
 """Of an answer, if the task does not say."""
+WHOLE = ("next_token", "prefix_lm")
+"""Objectives by which a text may begin with nothing before it."""
 OPTIONS = ("temperature", "top_k", "top_p", "repetition_penalty")
 """How a task may ask for samples."""
 
 
 @register_model("moejax")
 class HarnessModel(TemplateLM):
-    """Requests come as texts. Every text begins with the separator, as in training."""
+    """Requests come as texts, and are laid out as in training.
+
+    Running text begins with the separator, or with UL2's token of the mode in which it goes on. A model of pairs takes a
+    prompt as its input, and a continuation as the target. What is before an answer or a continuation is read as a prefix
+    by a model that learned so.
+    """
 
     def __init__(self, workdir: str, step: int | None = None, batch_size: int | str = ROWS, max_length: int | None = None,
                  task: str | int | None = None, **others: Any) -> None:
@@ -63,8 +66,13 @@ class HarnessModel(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """The separator, which stands before every text and ends an answer; of an imported model other tokens do, too."""
+        """The separator, which ends an answer; of an imported model other tokens do, too."""
         return self.tokenizer.separator_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """Stands before a continuation that has nothing else before it."""
+        return self.tok_encode("")[-1]
 
     @property
     def tokenizer_name(self) -> str:
@@ -72,29 +80,41 @@ class HarnessModel(TemplateLM):
         return f"moejax-{self.tokenizer.name}-{self.tokenizer.vocab_size}"
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **others: Any) -> list[int]:
-        """Token ids of a text, the separator first unless that is not wanted."""
-        ids = self.tokenizer.encode(string)
-        return ids if add_special_tokens is False else [self.eot_token_id, *ids]
+        """Token ids of a text, those that a prompt has beside them included unless that is not wanted."""
+        if add_special_tokens is False:
+            return self.tokenizer.encode(string)
+        return encode_prompts(self.tokenizer, self.config, [string])[0]
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        if self.config.data.task.data == PAIRS:  # an input and its target are two texts
+            return self.tok_encode(context), self.tok_encode(continuation, add_special_tokens=False)
+        return super()._encode_pair(context, continuation)
 
     def _loglikelihood_tokens(self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False,
                               **others: Any) -> list[tuple[float, bool]]:
         """The log-probability of each continuation, and whether it is what greedy decoding gives."""
-        rows = [((*context, *told)[-self.room - 1:], len(told)) for _, context, told in requests]
-        check(all(0 < told <= self.room for _, told in rows), f"a continuation has no token, or more than the {self.room} "
-              "that a row has room for; the task's texts do not suit this model")
+        check(all(0 < len(told) <= self.room for _, _, told in requests), f"a continuation has no token, or more than the "
+              f"{self.room} that a row has room for; the task's texts do not suit this model")
+        rows = [((*cut(context, self.room + 1 - len(told)), *told), len(told)) for _, context, told in requests]
         found: list[tuple[float, bool]] = [(0.0, True)] * len(rows)
         for part in self._batches([len(row) for row, _ in rows], "scoring", disable_tqdm):
-            log_BL, most_BL = self._told([rows[n][0] for n in part])
-            for b, n in enumerate(part):
-                end = len(rows[n][0]) - 1
-                at = slice(end - rows[n][1], end)
-                found[n] = float(log_BL[b, at].sum(dtype=np.float64)), bool(most_BL[b, at].all())
+            scored = score_rows(self.model, self.variables, [rows[n] for n in part], size=self.rows, room=self.room,
+                                prefix=reads_prefix(self.config))
+            for n, one in zip(part, scored, strict=True):
+                found[n] = one
                 if requests[n][0] is not None:
                     self.cache_hook.add_partial("loglikelihood", requests[n][0], found[n])
         return found
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """The log-probability of each text, every token after all that fits before it."""
+        """The log-probability of each text, every token after all that fits before it.
+
+        Raises:
+          UserError: for a model that has not learned to write texts as a whole.
+        """
+        objective = self.config.data.task.objective
+        check(objective in WHOLE, f"config.data.task.objective={objective}: a task asks how probable whole texts are, "
+              f"which is for models of {' and '.join(WHOLE)}; take tasks of continuations or answers")
         pieces, owner = [], []
         for n, request in enumerate(requests):
             windows = get_rolling_token_windows(self.tok_encode(request.args[0], add_special_tokens=False),
@@ -120,10 +140,11 @@ class HarnessModel(TemplateLM):
             for part in self._batches([len(prompts[n]) for n in members], "writing", disable_tqdm):
                 chosen = [members[m] for m in part]
                 made = generate(self.model, self.variables, [prompts[n] for n in chosen], max_new_tokens=new,
-                                stop_tokens=(self.eot_token_id, *self.ends), **settings)
+                                stop_tokens=(self.eot_token_id, *self.ends), prefix=reads_prefix(self.config), **settings)
                 for n, row, length in zip(chosen, made.tokens, made.lengths):
                     new_ids = [token for token in row[:length].tolist() if token not in self.ends]
-                    texts[n] = _until(added_text(self.tokenizer, prompts[n], new_ids), asked[n][1].get("until"))
+                    texts[n] = _until(new_text(self.tokenizer, self.config.data.task, prompts[n], new_ids),
+                                      asked[n][1].get("until"))
                     self.cache_hook.add_partial("generate_until", requests[n].args, texts[n])
         return texts
 
@@ -132,25 +153,6 @@ class HarnessModel(TemplateLM):
         order = sorted(range(len(lengths)), key=lambda n: -lengths[n])
         parts = [order[first:first + self.rows] for first in range(0, len(order), self.rows)]
         return tqdm(parts, desc=what, unit="batch", disable=silent or len(parts) < 2)
-
-    def _told(self, rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
-        """For each token but the first of each row: its log-probability, and whether it is the most probable."""
-        size = bucket(max(map(len, rows)) - 1, self.room)
-        tokens_BL = np.zeros((self.rows, size + 1), np.int32)  # few shapes, so few compilations
-        mask_BL = np.zeros(tokens_BL.shape, bool)
-        for b, row in enumerate(rows):
-            tokens_BL[b, :len(row)], mask_BL[b, :len(row)] = row, True
-        mask_BL[len(rows):, :2] = True  # a row of nothing else is refused
-        batch, _ = score.arrays(self.model, tokens_BL[:, :-1], mask_BL[:, 1:], None, None, None)
-        return tuple(map(np.asarray, _score(self.model, self.variables, batch, tokens_BL[:, 1:])))
-
-
-@partial(jax.jit, static_argnames="model")
-def _score(model: Transformer, variables: Mapping[str, Any], batch: Mapping[str, Array], next_BL: Array
-           ) -> tuple[Array, Array]:
-    logits_BLV = score.forward(model, variables, batch, "logits_BLV")[:next_BL.shape[0], :next_BL.shape[1]]
-    own_BL = jnp.take_along_axis(logits_BLV, next_BL[..., None], axis=2)[..., 0]
-    return own_BL - jax.nn.logsumexp(logits_BLV, axis=2), jnp.argmax(logits_BLV, axis=2) == next_BL
 
 
 def _sampling(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -35,7 +35,8 @@ def open_decoder(workdir: str | Path, step: int | None = None, task: str | None 
       task: which one of a mixture; None if there is only one.
 
     Raises:
-      UserError: as reading a run does, for a model that does not continue text token by token, or as `mixture.part`.
+      UserError: as reading a run does, for a model that does not continue text token by token or was trained on nothing
+        like a continuation, or as `mixture.part`.
     """
     model, variables = load(workdir, step)
     check(model.model.kind == "decoder", f"{workdir}: config.model.kind={model.model.kind}; the harness asks for "
@@ -43,4 +44,7 @@ def open_decoder(workdir: str | Path, step: int | None = None, task: str | None 
     check_decodable(model)
     whole = transformer.resolve(read_config(Path(workdir)))
     config = part(whole, task, "--model_args=...,task")
+    check(config.data.task.objective != "span_corruption", f"{workdir}: config.data.task.objective=span_corruption tells "
+          "what was cut out of a text, and the harness asks how it goes on; take a model of next_token, prefix_lm, ul2 or "
+          "seq2seq")
     return Opened(*for_task(model, variables, number(whole, task)), config)

@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 
 import moejax
+from moejax import commands
+from moejax.config import UserError
+from moejax.data.asking import encode_prompts
 from moejax.data.tokenizers import ByteTokenizer
 from moejax.harness.__main__ import main
 
@@ -34,8 +37,8 @@ def request(*arguments):
 
 @pytest.mark.parametrize("context, told", [("one", " two"), ("", "abc"), ("trailing ", "word"), ("x" * 40, "yz")])
 def test_a_continuation_scores_as_logits_say(adapter, context, told):
-    """Also one whose context is longer than a row has room for, which then begins in its middle."""
-    ids = [256, *(context + told).encode()][-ROOM - 1:]
+    """Also one whose context is longer than a row has room for, of which the separator and the end are read."""
+    ids = [256, *(context + told).encode()[-ROOM:]]
     log_LV = np.asarray(jax.nn.log_softmax(moejax.logits(adapter.model, adapter.variables, [ids[:-1]])[0]))
     count = len(told) + context.endswith(" ")  # a blank belongs to what follows
     want = log_LV[np.arange(len(ids) - 1), ids[1:]][-count:]
@@ -68,6 +71,47 @@ def test_answers_are_those_of_generate_up_to_the_first_stop(adapter):
     stop = whole[0][2:4]
     assert adapter.generate_until([request("one", options | {"until": ["never", stop]})], disable_tqdm=True) == [
         whole[0][:whole[0].find(stop)]]
+
+
+TRAINED = {"prefix_lm": 257, "ul2": 300, "seq2seq": 257}
+"""Objectives by which a decoder reads a prefix, with ids for the modes and sentinels that UL2 needs."""
+
+
+@pytest.fixture(scope="module", params=TRAINED)
+def with_prefix(request, tmp_path_factory, make_run):
+    pytest.importorskip("lm_eval", reason='needs pip install -e ".[lm-eval]"')
+    from moejax.harness.adapter import HarnessModel
+    folder = tmp_path_factory.mktemp("prefix") / request.param
+    return HarnessModel(str(make_run(folder, {"objective": request.param}, TRAINED[request.param])), batch_size=2)
+
+
+def test_a_model_of_prefixes_answers_as_the_command_line_does(with_prefix):
+    own, prompts = with_prefix, ["one", "two three"]
+    want = commands.continuations(own.model, own.variables, None, own.tokenizer, own.config, prompts, max_new_tokens=7,
+                                  temperature=0.0)
+    options = {"until": [], "max_gen_toks": 7, "do_sample": False}
+    assert own.generate_until([request(prompt, options) for prompt in prompts], disable_tqdm=True) == want
+
+
+@pytest.mark.parametrize("context, told", [("one two", " three"), ("x" * 40, "yz")])
+def test_a_model_of_prefixes_scores_what_follows_one(with_prefix, context, told):
+    first, = encode_prompts(with_prefix.tokenizer, with_prefix.config, [""])
+    ids = [*first, *(context + told).encode()[-ROOM:]]
+    seen_BL = np.arange(len(ids) - 1)[None] < len(ids) - len(told) - 1
+    log_LV = np.asarray(jax.nn.log_softmax(moejax.logits(with_prefix.model, with_prefix.variables, [ids[:-1]],
+                                                         prefix=seen_BL)[0]))
+    want = log_LV[np.arange(len(ids) - 1), ids[1:]][-len(told):].sum()
+    (found, _), = with_prefix.loglikelihood([request(context, told)], disable_tqdm=True)
+    np.testing.assert_allclose(found, want, atol=1e-4)
+
+
+def test_whole_texts_are_scored_only_by_models_that_write_them(with_prefix):
+    objective = with_prefix.config.data.task.objective
+    if objective == "prefix_lm":
+        assert with_prefix.loglikelihood_rolling([request(TEXT["text"])], disable_tqdm=True)[0] < 0
+        return
+    with pytest.raises(UserError, match=f"objective={objective}: a task asks how probable whole texts are"):
+        with_prefix.loglikelihood_rolling([request(TEXT["text"])], disable_tqdm=True)
 
 
 def test_an_answer_of_an_imported_model_ends_as_its_config_says(adapter, monkeypatch):

@@ -43,3 +43,9 @@ def test_an_encoder_is_refused(mixed, monkeypatch):
         model.clone(model=dataclasses.replace(model.model, kind="encoder")), variables))
     with pytest.raises(UserError, match="decoders"):
         open_decoder(mixed)
+
+
+def test_a_model_that_tells_what_was_cut_out_is_refused(tmp_path, make_run):
+    run = make_run(tmp_path / "spans", {"objective": "span_corruption"}, vocab_size=300)
+    with pytest.raises(UserError, match="span_corruption tells what was cut out of a text.*take a model of next_token"):
+        open_decoder(run)
