@@ -15,12 +15,13 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from moejax.checkpoint.origin import end_tokens
+from moejax.checkpoint.store import warn
 from moejax.config import check
 from moejax.data.asking import encode_prompts, new_text, reads_prefix
 from moejax.data.tokenizers import load_tokenizer
 from moejax.generation.generate import generate
 from moejax.harness.opened import open_decoder
-from moejax.harness.rows import cut, score_rows
+from moejax.harness.rows import cut, fit, score_rows
 from moejax.task import PAIRS
 
 ROWS = 8
@@ -128,23 +129,33 @@ class HarnessModel(TemplateLM):
         return found.tolist()
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """What the model writes after each prompt, up to the first of the texts that end an answer."""
-        asked = [(self.tok_encode(request.args[0]), dict(request.args[1])) for request in requests]
+        """What the model writes after each prompt, up to the first of the texts that end an answer.
+
+        A prompt that fits is whole, and the answer has what room is left; see `rows.fit`.
+        """
+        prompts, settings, cuts = [], [], 0
+        for request in requests:
+            ids, wishes = self.tok_encode(request.args[0]), _sampling(request.args[1])
+            prompt, new = fit(ids, self.room, wishes["max_new_tokens"])
+            prompts.append(prompt)
+            settings.append(wishes | {"max_new_tokens": new})
+            cuts += len(prompt) < len(ids)
+        if cuts:
+            warn(f"{cuts} of {len(requests)} prompts are too long for the {self.room} tokens of a row; the beginning of "
+                 "their text is left out")
         texts = [""] * len(requests)
-        kinds = sorted({repr(_sampling(options)) for _, options in asked})
-        for kind in kinds:
-            members = [n for n, (_, options) in enumerate(asked) if repr(_sampling(options)) == kind]
-            settings = _sampling(asked[members[0]][1])
-            new = min(settings.pop("max_new_tokens"), self.room - 1)
-            prompts = {n: asked[n][0][-(self.room - new):] for n in members}
+        for kind in sorted(set(map(repr, settings))):
+            members = [n for n, own in enumerate(settings) if repr(own) == kind]
             for part in self._batches([len(prompts[n]) for n in members], "writing", disable_tqdm):
                 chosen = [members[m] for m in part]
-                made = generate(self.model, self.variables, [prompts[n] for n in chosen], max_new_tokens=new,
-                                stop_tokens=(self.eot_token_id, *self.ends), prefix=reads_prefix(self.config), **settings)
+                # All batches have as many rows, so that few shapes are compiled.
+                filled = [prompts[n] for n in (*chosen, *[chosen[-1]] * (self.rows - len(chosen)))]
+                made = generate(self.model, self.variables, filled, stop_tokens=(self.eot_token_id, *self.ends),
+                                prefix=reads_prefix(self.config), **settings[chosen[0]])
                 for n, row, length in zip(chosen, made.tokens, made.lengths):
                     new_ids = [token for token in row[:length].tolist() if token not in self.ends]
-                    texts[n] = _until(new_text(self.tokenizer, self.config.data.task, prompts[n], new_ids),
-                                      asked[n][1].get("until"))
+                    text = new_text(self.tokenizer, self.config.data.task, prompts[n], new_ids)
+                    texts[n] = _until(text, requests[n].args[1].get("until"))
                     self.cache_hook.add_partial("generate_until", requests[n].args, texts[n])
         return texts
 

@@ -19,6 +19,16 @@ def cut(tokens: Sequence[int], length: int) -> list[int]:
     return list(tokens) if len(tokens) <= length else [tokens[0], *tokens[len(tokens) - length + 1:]]
 
 
+def fit(prompt: Sequence[int], room: int, wanted: int) -> tuple[list[int], int]:
+    """A prompt, and how many new tokens may follow it, of a row of so many tokens.
+
+    A prompt is cut only if it leaves less than is wanted and less than half of the room; it keeps at least the other half.
+    """
+    least = min(wanted, room // 2)
+    prompt = cut(prompt, room - least)
+    return prompt, min(wanted, room - len(prompt))
+
+
 def score_rows(model: Transformer, variables: Mapping[str, Any], rows: Sequence[tuple[Sequence[int], int]], *, size: int,
                room: int, prefix: bool) -> list[tuple[float, bool]]:
     """The log-probability of the last tokens of each row, and whether greedy decoding gives them.

@@ -73,6 +73,18 @@ def test_answers_are_those_of_generate_up_to_the_first_stop(adapter):
         whole[0][:whole[0].find(stop)]]
 
 
+def test_a_prompt_that_fits_is_whole_and_one_that_does_not_is_told(adapter, capsys):
+    """Their answers, as the task does not say how long, have the room that is left."""
+    prompts = ["four", "two three", "x" * 11 + "y" * 11]
+    read = [[256, *b"four"], [256, *b"two three"], [256, *b"y" * 11]]
+    texts = adapter.generate_until([request(prompt, {"until": []}) for prompt in prompts], disable_tqdm=True)
+    for ids, text in zip(read, texts, strict=True):
+        made = moejax.generate(adapter.model, adapter.variables, [ids], max_new_tokens=ROOM - len(ids), stop_tokens=(256,))
+        before = ByteTokenizer().decode(ids)
+        assert text == ByteTokenizer().decode([*ids, *made.tokens[0][:made.lengths[0]].tolist()])[len(before):]
+    assert capsys.readouterr().err.count("1 of 3 prompts are too long for the 24 tokens of a row") == 1
+
+
 TRAINED = {"prefix_lm": 257, "ul2": 300, "seq2seq": 257}
 """Objectives by which a decoder reads a prefix, with ids for the modes and sentinels that UL2 needs."""
 

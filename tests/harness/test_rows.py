@@ -5,13 +5,23 @@ import numpy as np
 import pytest
 
 import moejax
-from moejax.harness.rows import cut, score_rows
+from moejax.harness.rows import cut, fit, score_rows
 
 
 def test_a_row_that_is_cut_keeps_its_first_token_and_its_last_ones():
     assert cut((9, 1, 2, 3), 4) == [9, 1, 2, 3]
     assert cut((9, 1, 2, 3), 3) == [9, 2, 3]
     assert cut((9, 1, 2, 3), 1) == [9]
+
+
+@pytest.mark.parametrize("size, room, wanted, kept, new", [
+    (10, 24, 256, 10, 14), (12, 24, 256, 12, 12), (13, 24, 256, 12, 12), (99, 25, 256, 13, 12),  # more than fits
+    (10, 24, 7, 10, 7), (17, 24, 7, 17, 7), (18, 24, 7, 17, 7), (99, 24, 7, 17, 7)])
+def test_a_prompt_is_cut_only_if_an_answer_has_less_than_it_wants_and_than_half_of_the_room(size, room, wanted, kept, new):
+    prompt = [256, *range(1, size)]
+    left, count = fit(prompt, room, wanted)
+    assert (len(left), count) == (kept, new)
+    assert left == [256, *prompt[len(prompt) - kept + 1:]]
 
 
 @pytest.fixture(scope="module")
