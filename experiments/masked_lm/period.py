@@ -5,8 +5,8 @@ Command   python -m experiments.masked_lm.prepare runs/masked_lm/data
           python -m moejax.main --config=experiments/masked_lm/period.py:finetune_sparse --workdir=runs/masked_lm/tuned
           (and the other FORMS below); README.md beside this file has them in order
 Hardware  2 CPU cores
-Time      README.md
-Result    README.md
+Time      pre-training 34 minutes on one busy core, a classifier 4 to 8
+Result    accuracy over six periods, three seeds: pre-trained 0.573, from scratch 0.539; linear SVM 0.552
 """
 
 from moejax import config

@@ -4,8 +4,8 @@ Command   python -m experiments.summarize.prepare runs/summarize/data
           python -m moejax.main --config=experiments/summarize/summary.py --workdir=runs/summarize/sparse
           (and summary.py:dense); README.md beside this file has what follows
 Hardware  2 CPU cores
-Time      README.md
-Result    README.md
+Time      200 steps in 6 minutes (README.md)
+Result    dense, 2,000 steps: held-out ROUGE-L 0.181; first words of the description 0.281 (README.md)
 """
 
 from moejax import config
