@@ -122,7 +122,7 @@ def tokenizer(given: tuple[str, dict[str, bytes]], folder: Path) -> Callable[[],
         made = make_tokenizer(str(folder / name), 2000, (), own)
         made.frame_batch([record["text"] for record in RECORDS[:3]] + ["\u2581ä\U0001f600\0 ", ""])
         made.decode(range(0, made.vocab_size))
-        made.word_starts()
+        made.word_bounds()
         made.named(("<s>", "[MASK]", "<unk>"))
         made.controls()
         if (sampling := made.sampling(0.5, 1)) is not None:

@@ -12,6 +12,8 @@ from moejax.config import Config, UserError, check
 from moejax.data import sources
 from moejax.task import PAIRS, TEXT, Task, normal
 
+LABEL_KEY = "config.data.task.label"
+
 
 class Example(NamedTuple):
     """One example.
@@ -34,7 +36,8 @@ class Reader:
       config: `data.task`, `data.text_key` and `data.on_bad_record`.
 
     Attributes:
-      left_out: why each bad record was left out.
+      left_out: why each bad record or blank document was left out.
+      first: the place of the first record with each label.
       unwanted: how many good examples whoever reads did not take, by reason.
     """
 
@@ -42,13 +45,14 @@ class Reader:
         self.task, self.text_key = config.data.task, config.data.text_key
         self.skips = config.data.on_bad_record == "skip"
         self.left_out: list[str] = []
+        self.first: dict[str, str] = {}
         self.unwanted: Counter[str] = Counter()
 
     def read(self, source: str) -> Iterator[Example]:
         """The examples of a source. Raises `UserError` on a bad record, unless these are left out, or if there is none."""
         found = 0
         if self.task.data == TEXT and not self.skips:
-            for text in sources.documents(source, self.text_key):
+            for text in sources.documents(source, self.text_key, self.left_out):
                 yield Example(normal(self.task, text))
             return
         for record in sources.records(source):
@@ -74,7 +78,10 @@ class Reader:
         text = normal(task, fill(record, task.input, f"{key}.input"))
         if task.data == PAIRS:
             return Example(text, normal(task, fill(record, task.target, f"{key}.target")))
-        return Example(text, label=read_label(record, task))
+        label = read_label(record, task)
+        for name in () if task.objective == "regression" else label if task.objective == "multi_label" else (label,):
+            self.first.setdefault(name, record.where)
+        return Example(text, label=label)
 
 
 def fill(record: sources.Record, template: str, key: str) -> str:
@@ -103,7 +110,7 @@ def plain(value: Any) -> Any:
 
 def read_label(record: sources.Record, task: Task) -> Any:
     """The label of a record: a name, a finite number (regression), or a sorted tuple of names (multi_label)."""
-    value = plain(sources.value(record, task.label, "config.data.task.label"))
+    value = plain(sources.value(record, task.label, LABEL_KEY))
     if task.objective == "regression":
         try:
             number = float(value)
@@ -112,21 +119,24 @@ def read_label(record: sources.Record, task: Task) -> Any:
         check(abs(number) <= float(np.finfo(np.float32).max),
               f"{record.where}: field {task.label!r} holds {value!r}, which is no number (float32)")
         return number
-    several = task.objective == "multi_label"
-    fitting = isinstance(value, (list, tuple)) if several else not isinstance(value, (list, tuple, dict, type(None)))
-    check(fitting, f"{record.where}: field {task.label!r} holds {value!r}, which is no "
-          + ("list of labels" if several else "label"))
-    names = tuple(sorted({named(record, task, name) for name in value})) if several else (named(record, task, value),)
-    for name in names:
-        check(task.labels is None or name in task.labels, f"{record.where}: label {name!r} is none of "
-              f"config.data.task.labels={', '.join(task.labels or ())}")
-    return names if several else names[0]
+    if task.objective == "classification":
+        return name_of(record, value, task)
+    check(isinstance(value, (list, tuple)),
+          f"{record.where}: field {task.label!r} holds {value!r}, which is no list of labels")
+    return tuple(sorted({name_of(record, label, task) for label in value}))
 
 
-def named(record: sources.Record, task: Task, label: Any) -> str:
-    """The name of a label. Raises `UserError` if it is no text, or empty and not one that the config lists."""
-    name = normal(task, sources.readable(label if isinstance(label, bytes) else str(label), record.where, task.label))
-    check(bool(name.strip()) or name in (task.labels or ()), f"{record.where}: field {task.label!r} is empty, which is no "
-          "label; leave the record out, or set config.data.on_bad_record=skip")
-    check(label == label, f"{record.where}: field {task.label!r} holds not a number, which is no label")
+def name_of(record: sources.Record, label: Any, task: Task) -> str:
+    """The name of a label. Raises `UserError` unless it is text, with letters, or a finite number, and one of the task."""
+    if isinstance(label, (str, bytes)):
+        name = sources.text_in(record, task.label, label, LABEL_KEY)
+        check(bool(name.strip()), f"{record.where}: field {task.label!r} holds an empty label; leave the record out, or "
+              "set config.data.on_bad_record=skip")
+    else:
+        check(isinstance(label, int) or isinstance(label, float) and math.isfinite(label),
+              f"{record.where}: field {task.label!r} holds {label!r}, which is no label")
+        name = str(label)
+    name = normal(task, name)
+    check(task.labels is None or name in task.labels, f"{record.where}: label {name!r} is none of "
+          f"{', '.join(task.labels or ())}, those of config.data.task.labels or else of the training records")
     return name

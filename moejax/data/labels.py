@@ -1,16 +1,22 @@
 """The labels of a set of records: their names, and as numbers."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from moejax.config import Config, check
+from moejax.config import Config, UserError, check
 from moejax.task import Task
 
 
-def name_labels(config: Config, labels: Mapping[str, Sequence[Any]]) -> tuple[str, ...]:
-    """The names of all labels, of each split by its name.
+def name_labels(config: Config, labels: Mapping[str, Sequence[Any]], first: Mapping[str, str]) -> tuple[str, ...]:
+    """The names of all labels.
+
+    Args:
+      config: whose task has labels.
+      labels: of each split by its name.
+      first: the place of the first record with each label.
 
     Raises:
       UserError: the model has not a score for each, or training lacks one of the others.
@@ -21,15 +27,18 @@ def name_labels(config: Config, labels: Mapping[str, Sequence[Any]]) -> tuple[st
               f"{classes}")
         return ()
     each = (lambda label: label) if task.objective == "multi_label" else (lambda label: (label,))
-    seen = {split: {name for label in labels[split] for name in each(label)} for split in labels}
+    seen = {split: Counter(name for label in labels[split] for name in each(label)) for split in labels}
     names = task.labels or tuple(sorted(seen["train"]))
     listed = ", ".join(names[:9]) + (", ..." if len(names) > 9 else "")
+    rare = min(seen["train"], key=seen["train"].get) if seen["train"] and len(names) > classes else None
+    hint = "" if rare is None else f" (the rarest, {rare!r}, is first in {first[rare]})"
     check(len(names) == classes, f"there are {len(names)} labels ({listed}); set config.model.classes={len(names)}, not "
-          f"{classes}")
+          f"{classes}{hint}")
     for split in labels:
-        unknown = sorted(seen[split] - set(names))
-        check(not unknown, f"label {unknown and unknown[0]!r} occurs in the {split} records only, so nothing learns it; "
-              "name all in config.data.task.labels")
+        unknown = sorted(set(seen[split]) - set(names))
+        if unknown:
+            raise UserError(f"{first[unknown[0]]}: label {unknown[0]!r} occurs in the {split} records only, so nothing "
+                            "learns it; name all in config.data.task.labels, or set config.data.on_bad_record=skip")
     return names
 
 

@@ -44,7 +44,7 @@ from moejax.data.tokenizers import Tokenizer, make_tokenizer, tokenizer_files
 from moejax.mixture import parts, resolve
 from moejax.task import ADDED, LABELS, OF_MIXTURES, PAIRS, TEXT, Task, reserved_ids, window_of
 
-FORMAT = {TEXT: 2, PAIRS: 3, LABELS: 2}
+FORMAT = {TEXT: 2, PAIRS: 4, LABELS: 3}
 """Raise it when the same config would give other files."""
 KEYS = ("source", "eval_source", "eval_fraction", "text_key", "task", "on_bad_record", "tokenizer", "shuffle")
 """Keys of config.data that change what is prepared; the others act when batches are made."""
@@ -155,7 +155,8 @@ def _take_ids(config: Config, tokenizer: Tokenizer, taken: dict[int, bool]) -> N
 
 def _build(config: Config, folder: Path, name: str, tokenizer: Tokenizer, say: Callable[[str], None]) -> str:
     """Fills the folder of one task; returns the hash of its data. The only task has the name ""."""
-    begin, task, where = time.monotonic(), config.data.task, f"data: {name + ': ' if name else ''}"
+    begin, config = time.monotonic(), _with_labels(config)
+    task, where = config.data.task, f"data: {name + ': ' if name else ''}"
     if name:
         folder.mkdir()
         tokenizer.save(folder)
@@ -165,7 +166,7 @@ def _build(config: Config, folder: Path, name: str, tokenizer: Tokenizer, say: C
         say(f"{where}{len(reader.left_out):,} records left out; the first: {reader.left_out[0]}")
     for reason, count in reader.unwanted.items():
         say(f"{where}{count:,} training examples left out, as {reason}")
-    names = name_labels(config, labels) if task.data == LABELS else ()
+    names = name_labels(config, labels, reader.first) if task.data == LABELS else ()
     for split in SPLITS:
         order = np.arange(len(lengths[split]))
         if split == "train":
@@ -186,6 +187,19 @@ def _build(config: Config, folder: Path, name: str, tokenizer: Tokenizer, say: C
             + (f" (each document {task.samplings} times)" if split == "train" and task.samplings > 1 else ""))
     say(f"{where}prepared in {time.monotonic() - begin:.1f} s")
     return content
+
+
+def _with_labels(config: Config) -> Config:
+    """Where bad records are left out, and no labels are named, the task gets those of training: so others are bad."""
+    task = config.data.task
+    if task.data != LABELS or task.objective == "regression" or task.labels or config.data.on_bad_record == "error":
+        return config
+    found = set()
+    for split, example in _split(config, Reader(config)):
+        if split == "train":
+            found.update(example.label if task.objective == "multi_label" else (example.label,))
+    task = dataclasses.replace(task, labels=tuple(sorted(found)) or None)
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, task=task))
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:

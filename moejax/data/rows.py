@@ -11,7 +11,7 @@ from moejax.config import Config, check
 from moejax.data.packing import num_windows, pack
 from moejax.data.prepared import TokenStream
 from moejax.data.specials import special_ids
-from moejax.data.tokenizers import Tokenizer, Words
+from moejax.data.tokenizers import Tokenizer
 from moejax.objectives.masked_lm import mask_tokens
 from moejax.objectives.prefix_lm import draw_prefix
 from moejax.objectives.span_corruption import corrupt, draw_spans
@@ -88,8 +88,7 @@ def _make_rows(stream: TokenStream, tokenizer: Tokenizer, config: Config) -> Row
     if task.objective == "prefix_lm":
         return Rows(count, lambda index, rng: with_prefix(packed(index), rng))
     mask_id, = specials
-    size = tokenizer.vocab_size
-    words = tokenizer.words() if task.whole_words else Words(np.ones(size, bool), np.zeros(size, bool))
+    words = tokenizer.word_bounds() if task.whole_words else (np.ones(tokenizer.vocab_size, bool),) * 2
     check(words is not None, f"config.data.task.whole_words: config.data.tokenizer={data.tokenizer} does not tell where "
           "words begin; set it to False")
     return Rows(count, lambda index, rng: masked(packed(index), words, separator, mask_id, task.mask_rate, rng))
@@ -115,14 +114,20 @@ def with_hidden(row: Row, controls: list[int], hidden_id: int, rate: float, rng:
     return row | {f"{part}tokens": np.where(hidden_L, np.int32(hidden_id), tokens_L)}
 
 
-def masked(row: Row, words: Words, separator_id: int, mask_id: int, rate: float, rng: np.random.Generator) -> Row:
-    """A packed window for an encoder that is to tell the hidden tokens. Separators are never hidden."""
-    tokens_L = row["tokens"]
+def masked(row: Row, words: tuple[np.ndarray, np.ndarray], separator_id: int, mask_id: int, rate: float,
+           rng: np.random.Generator) -> Row:
+    """A packed window for an encoder that is to tell the hidden tokens. Separators are never hidden.
+
+    Args:
+      row: the window.
+      words: bool [V] each, which ids begin a unit that is hidden as a whole, and behind which such a unit ends.
+      separator_id, mask_id, rate, rng: see `mask_tokens`.
+    """
+    tokens_L, size = row["tokens"], len(words[0])
     real_L = (row["segments"] > 0) & (tokens_L != separator_id)
-    known_L = tokens_L < len(words.starts_V)
-    starts_L, blank_L = (np.where(known_L, of_V[np.where(known_L, tokens_L, 0)], True) for of_V in words)
-    starts_L |= np.roll(blank_L, 1)
-    seen_L, chosen_L = mask_tokens(tokens_L, real_L, starts_L, rate, mask_id, len(words.starts_V), rng)
+    known_L = tokens_L < size
+    begin_L, end_L = (np.where(known_L, ids_V[np.where(known_L, tokens_L, 0)], True) for ids_V in words)
+    seen_L, chosen_L = mask_tokens(tokens_L, real_L, begin_L | np.roll(end_L, 1), rate, mask_id, size, rng)
     return row | {"tokens": seen_L.astype(np.int32), "targets": tokens_L, "mask": chosen_L}
 
 

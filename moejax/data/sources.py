@@ -12,30 +12,21 @@
 """
 
 import csv
-import functools
 import glob
-import gzip
 import hashlib
 import importlib
 import importlib.util
 import itertools
 import os
 import re
-import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from moejax.bounded import parse_json
 from moejax.config import UserError, check
+from moejax.data import unpack
 
-CHUNK_BYTES = 1 << 20
-MOST_BYTES = 1 << 30
-"""Of one document, record or line, so that a file without an end of line does not fill the memory."""
-PACKED_BYTES = 1 << 12
-"""Bytes of a zstd file that are unpacked at a time; each may stand for 32 KiB."""
-UNPACKED, RATIO = 1 << 28, 250
-"""A file may unpack to so many bytes, and beyond them to so many times its own size: text packs much less."""
 LONE = re.compile("[\ud800-\udfff]")
 """Half of a surrogate pair, which is no text; Python also decodes bytes that are not UTF-8 to these, if it is to go on."""
 WHOLE_FILE = "text"
@@ -64,12 +55,13 @@ class Record(NamedTuple):
     whole: bool = False
 
 
-def documents(source: str, text_key: str) -> Iterator[str]:
+def documents(source: str, text_key: str, left_out: list[str] | None = None) -> Iterator[str]:
     """Every document of a source as text, exactly as stored, in a fixed order. Blank documents are left out.
 
     Args:
       source: a spec string as above.
       text_key: the field that holds the text in records.
+      left_out: takes a line about each blank document, if it is there.
 
     Raises:
       UserError: nothing found, a file, line or record that cannot be read, a missing field, or no text at all.
@@ -80,6 +72,8 @@ def documents(source: str, text_key: str) -> Iterator[str]:
         if text.strip():
             empty = False
             yield text
+        elif left_out is not None:
+            left_out.append(f"{record.where}: the text is empty")
     check(not empty, f"source {source!r} holds no text; give files that are not empty")
 
 
@@ -99,11 +93,12 @@ def value(record: Record, name: str, key: str) -> Any:
     check(record.problem is None, f"{record.where}: {record.problem}")
     if name in record.fields:
         return record.fields[name]
-    inner: Any = record.fields
+    inner, parts = record.fields, name.split(".")
     try:
-        for part in name.split("."):
-            by_name = isinstance(inner, (dict, str, bytes))  # a text has no part by number
-            inner = inner[part] if by_name else inner[int(part)]
+        for depth, part in enumerate(parts):
+            check(not isinstance(inner, (str, bytes)), f"{record.where}: no field {name!r}, as {'.'.join(parts[:depth])!r} "
+                  f"is a text, not a list; set {key}")
+            inner = inner[part] if isinstance(inner, dict) else inner[int(part)]
     except (KeyError, IndexError, ValueError, TypeError):
         known = f" to one of {', '.join(record.fields)}" if record.fields else ""
         raise UserError(f"{record.where}: no field {name!r}; set {key}{known}") from None
@@ -112,15 +107,15 @@ def value(record: Record, name: str, key: str) -> Any:
 
 def field(record: Record, name: str, key: str) -> str:
     """A field that holds text. Raises `UserError` as `value` does, or if it holds none."""
-    text = value(record, name, key)
-    check(isinstance(text, (str, bytes)), f"{record.where}: field {name!r} holds no string; set {key}")
-    return readable(text, record.where, name)
+    return text_in(record, name, value(record, name, key), key)
 
 
-def readable(text: str | bytes, where: str, name: str) -> str:
-    """The text of a field `name`. Raises `UserError` with the place if it is not UTF-8, or half of a surrogate pair."""
-    text = _decode(text, where) if isinstance(text, bytes) else text
-    check(not _broken(text), f"{where}: half of a surrogate pair is no text; repair the \\ud... escape in field {name!r}")
+def text_in(record: Record, name: str, text: Any, key: str) -> str:
+    """What a field holds, or a part of it, as text. Raises `UserError` if it is none, not UTF-8, or half a letter."""
+    text = _decode(text, record.where) if isinstance(text, bytes) else text
+    check(isinstance(text, str), f"{record.where}: field {name!r} holds no string; set {key}")
+    check(not _broken(text),
+          f"{record.where}: half of a surrogate pair is no text; repair the \\ud... escape in field {name!r}")
     return text
 
 
@@ -178,30 +173,25 @@ def _package_pattern(source: str) -> str:
     return os.path.join(glob.escape(spec.submodule_search_locations[0]), pattern)
 
 
-def _unpacked(path: Path) -> Path:
-    """What a file would be called if it were not packed."""
-    return path.with_suffix("") if path.suffix in (".gz", ".zst") else path
-
-
 def _from_files(paths: Iterable[Path]) -> Iterator[Record]:
     for path in paths:
-        plain = _unpacked(path)
+        plain = unpack.plain_name(path)
         if plain.suffix == ".jsonl":
-            for number, line in enumerate(_lines(path), 1):
+            for number, line in enumerate(unpack.lines(path), 1):
                 if line.strip():
                     yield _object(line, f"{path}, line {number}")
         elif plain.suffix in (".csv", ".tsv"):
             yield from _from_table(path, "," if plain.suffix == ".csv" else "\t")
         else:
             # How large a file is everybody sees, but not what it unpacks to.
-            content = b"".join(_chunks(path)) if plain == path else _joined(_chunks(path), str(path))
+            content = b"".join(unpack.chunks(path)) if plain == path else unpack.joined(unpack.chunks(path), str(path))
             yield Record(str(path), {WHOLE_FILE: content}, whole=True)
 
 
 def _from_table(path: Path, delimiter: str) -> Iterator[Record]:
     """The rows of a file whose first row names the fields. A tab-separated file has no quotes."""
-    csv.field_size_limit(MOST_BYTES)
-    lines = (line.decode("utf-8", "surrogateescape").rstrip("\r") + "\n" for line in _lines(path))
+    csv.field_size_limit(unpack.MOST_BYTES)
+    lines = (line.decode("utf-8", "surrogateescape").rstrip("\r") + "\n" for line in unpack.lines(path))
     rows = csv.reader(lines, delimiter=delimiter, quoting=csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE)
     names: list[str] | None = None
     try:
@@ -230,114 +220,52 @@ def _pair(source: str) -> list[Path]:
 
 
 def _from_pair(first: Path, second: Path, source: str) -> Iterator[Record]:
-    """A record for each pair of lines. Lines that are empty on both sides are left out."""
+    """A record for each pair of lines, up to the last that are not both empty."""
     paths = first, second
-    plain = list(map(_unpacked, paths))
+    plain = list(map(unpack.plain_name, paths))
     choices = ([path.suffix.removeprefix(".") for path in plain], [path.stem for path in plain],
                [path.parent.name for path in plain])
     names = next((names for names in choices if all(names) and names[0] != names[1]), None)
     check(names is not None, f"{source!r}: nothing tells the names of the two fields apart; give the files suffixes, as in "
           "train.en and train.de")
-    sides = [_lines(path) for path in paths]
-    for number, lines in enumerate(itertools.zip_longest(*sides), 1):
+    pairs = _up_to_the_end(map(unpack.lines, paths))
+    for number, lines in pairs:
         if None not in lines:
-            yield from _of_lines(paths, names, lines, number)
+            yield _of_lines(paths, names, lines, number)
             continue
         longer = lines.index(None) ^ 1
-        filled = [bool(line.strip()) for line in itertools.chain([lines[longer]], sides[longer])]
+        surplus = [place for place, both in itertools.chain([(number, lines)], pairs) if both[longer].strip()]
         counts = [number - 1, number - 1]
-        counts[longer] += len(filled)
-        for surplus in (place for place, is_filled in enumerate(filled, number) if is_filled):
-            yield Record(f"{paths[longer]}, line {surplus}", {}, f"belongs to no line of the other file, as {first} has "
+        counts[longer] = surplus[-1]
+        for place in surplus:
+            yield Record(f"{paths[longer]}, line {place}", {}, f"belongs to no line of the other file, as {first} has "
                          f"{counts[0]:,} lines and {second} {counts[1]:,}; give files with as many lines")
 
 
-def _of_lines(paths: tuple[Path, Path], names: list[str], lines: tuple[bytes, bytes], number: int) -> Iterator[Record]:
+def _up_to_the_end(sides: Iterable[Iterator[bytes]]) -> Iterator[tuple[int, tuple[bytes | None, ...]]]:
+    """Lines of equal number, with their number; None where a side has ended. At the end empty ones are left out."""
+    held = []
+    for number, lines in enumerate(itertools.zip_longest(*sides), 1):
+        held.append((number, lines))
+        if any(line is not None and line.strip() for line in lines):
+            yield from held
+            held = []
+
+
+def _of_lines(paths: tuple[Path, Path], names: list[str], lines: tuple[bytes, bytes], number: int) -> Record:
     texts = []
     for path, line in zip(paths, lines):
         where = f"{path}, line {number}"
         try:
             texts.append(_decode(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line, where).removesuffix("\r"))
         except UserError as error:
-            yield Record(where, {}, str(error).removeprefix(f"{where}: "))
-            return
+            return Record(where, {}, str(error).removeprefix(f"{where}: "))
     empty = [not text.strip() for text in texts]
-    if any(empty) and not all(empty):
-        yield Record(f"{paths[empty.index(True)]}, line {number}", {}, "is empty, but that of "
-                     f"{paths[empty.index(False)]} is not; give both a text, or set config.data.on_bad_record=skip")
-    elif not any(empty):
-        yield Record(f"{paths[0]}, line {number}", dict(zip(names, texts)))
-
-
-def _chunks(path: Path) -> Iterator[bytes]:
-    """The unpacked bytes of a file in pieces."""
-    try:
-        if path.suffix == ".zst":
-            yield from _no_bomb(path, _unpack_zstd(path))
-        elif path.suffix == ".gz":
-            with gzip.open(path, "rb") as file:
-                yield from _no_bomb(path, iter(functools.partial(file.read, CHUNK_BYTES), b""))
-        else:
-            with open(path, "rb") as file:
-                yield from iter(functools.partial(file.read, CHUNK_BYTES), b"")
-    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
-        raise UserError(f"{path}: not a whole gzip file ({error}); make or download it again") from error
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error}); check its permissions") from error
-
-
-def _unpack_zstd(path: Path) -> Iterator[bytes]:
-    # The package's own stream reader takes a file that is cut short for its end; only `eof` of a frame tells.
-    import zstandard
-
-    frame = None
-    try:
-        with open(path, "rb") as file:
-            for data in iter(functools.partial(file.read, PACKED_BYTES), b""):
-                while data:
-                    frame = zstandard.ZstdDecompressor().decompressobj() if frame is None or frame.eof else frame
-                    yield frame.decompress(data)
-                    data = frame.unused_data if frame.eof else b""
-    except zstandard.ZstdError as error:
-        raise UserError(f"{path}: not a zstd file ({error}); make or download it again") from error
-    check(frame is None or frame.eof, f"{path}: the zstd file is cut short; make or download it again")
-
-
-def _no_bomb(path: Path, chunks: Iterable[bytes]) -> Iterator[bytes]:
-    """The chunks. Raises `UserError` if there are many times as many bytes as in the file."""
-    total, most = 0, max(UNPACKED, RATIO * path.stat().st_size)
-    for chunk in chunks:
-        total += len(chunk)
-        check(total <= most, f"{path}: unpacks to more than {RATIO} times its size, which text does not; unpack it "
-              "yourself if it is what you want")
-        yield chunk
-
-
-def _joined(pieces: Iterable[bytes], where: str) -> bytes:
-    """All pieces in one. Raises `UserError` if they are too many bytes."""
-    held, size = [], 0
-    for piece in pieces:
-        held.append(piece)
-        size += len(piece)
-        check(size <= MOST_BYTES, f"{where}: more than {MOST_BYTES:,} bytes in one piece; split it into documents, one a "
-              "line of a .jsonl file, or one a file")
-    return b"".join(held)
-
-
-def _lines(path: Path) -> Iterator[bytes]:
-    """The lines of a file. Raises `UserError` if one is too long."""
-    tail, size, number = [], 0, 1
-    for chunk in _chunks(path):
-        first, *lines = chunk.split(b"\n")
-        tail.append(first)
-        size += len(first)
-        check(size <= MOST_BYTES, f"{path}, line {number}: longer than {MOST_BYTES:,} bytes; split it")
-        if lines:
-            yield b"".join(tail)
-            yield from lines[:-1]
-            tail, size, number = [lines[-1]], len(lines[-1]), number + len(lines)
-    if size:
-        yield b"".join(tail)
+    if not any(empty):
+        return Record(f"{paths[0]}, line {number}", dict(zip(names, texts)))
+    other, state = (paths[1], "is empty too") if all(empty) else (paths[empty.index(False)], "is not")
+    return Record(f"{paths[empty.index(True)]}, line {number}", {}, f"is empty, and that of {other} {state}; give both a "
+                  "text, or set config.data.on_bad_record=skip")
 
 
 def _broken(text: str) -> bool:

@@ -7,10 +7,9 @@ every document; `encode` never yields it, whatever the text says.
 import contextlib
 import dataclasses
 import json
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -24,22 +23,6 @@ META = "\u2581"
 SEPARATORS = ("<s>", "<bos>", "[BOS]", "<|begin_of_text|>", "<|startoftext|>", "<|endoftext|>", "</s>", "<eos>",
               "<|end_of_text|>", "[SEP]")
 """Names of a beginning-of-text token, then of an end-of-text token, by which a tokenizer.json is searched."""
-
-
-WHITE = re.compile(r"(\s|[\u0109\u010a\u010d]|<0x(09|0A|0D)>)+")
-"""White space but blanks, as pieces have it: itself, the stand-ins of byte-level BPE, or the bytes of SentencePiece."""
-
-
-class Words(NamedTuple):
-    """Where words begin, by id.
-
-    Attributes:
-      starts_V: bool, pieces with which one begins.
-      blank_V: bool, pieces of white space alone, behind which one begins.
-    """
-
-    starts_V: np.ndarray
-    blank_V: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,8 +49,8 @@ class ByteTokenizer:
         """Ids of special tokens; None where there is no such token."""
         return [None] * len(names)
 
-    def words(self) -> Words | None:
-        """Where words begin; None if that cannot be told."""
+    def word_bounds(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """Which ids begin a word, bool, and behind which a word ends, bool; None if that cannot be told."""
         return None
 
     def controls(self) -> list[int]:
@@ -141,9 +124,9 @@ class SentencePieceTokenizer:
         return [None if token == unknown and name != self.processor.id_to_piece(unknown) else token
                 for token, name in zip(found, names)]
 
-    def words(self) -> Words | None:
-        """Where words begin; None if that cannot be told."""
-        return _words([self.processor.id_to_piece(token) for token in range(self.vocab_size)])
+    def word_bounds(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """Which ids begin a word, bool, and behind which a word ends, bool; None if that cannot be told."""
+        return _word_bounds(self, [self.processor.id_to_piece(token) for token in range(self.vocab_size)])
 
     def controls(self) -> list[int]:
         """Ids that stand for no text."""
@@ -198,9 +181,9 @@ class HuggingFaceTokenizer:
         """Ids of special tokens; None where there is no such token."""
         return [self.backend.token_to_id(name) for name in names]
 
-    def words(self) -> Words | None:
-        """Where words begin; None if that cannot be told."""
-        return _words([self.backend.id_to_token(token) or "" for token in range(self.vocab_size)])
+    def word_bounds(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """Which ids begin a word, bool, and behind which a word ends, bool; None if that cannot be told."""
+        return _word_bounds(self, [self.backend.id_to_token(token) or "" for token in range(self.vocab_size)])
 
     def controls(self) -> list[int]:
         """Ids that stand for no text."""
@@ -285,14 +268,23 @@ def tokenizer_files(spec: str) -> list[Path]:
     return found
 
 
-def _words(pieces: Sequence[str]) -> Words | None:
-    """Words begin after a blank, a line end or a tab, or with all pieces that do not go on with ##. None if neither is
-    marked."""
-    if any(piece.startswith("##") for piece in pieces):
-        return Words(np.array([not piece.startswith("##") for piece in pieces]), np.zeros(len(pieces), bool))
-    starts_V = np.array([piece.startswith((META, "\u0120")) for piece in pieces])
-    blank_V = np.array([WHITE.fullmatch(piece) is not None for piece in pieces])
-    return Words(starts_V | blank_V, blank_V) if starts_V.any() else None
+def _word_bounds(tokenizer: "Tokenizer", pieces: Sequence[str]) -> tuple[np.ndarray, np.ndarray] | None:
+    """Which pieces begin a word: those after a blank, or all that do not go on with ##. None if neither is marked.
+
+    Line ends and tabs stand apart too, whether pieces of their own or the first or last letter of one: no blank follows
+    them. A piece that is only the blank belongs to the letters behind it.
+    """
+    going_on = any(piece.startswith("##") for piece in pieces)
+    starts = [not piece.startswith("##") if going_on else piece.startswith((META, "\u0120")) for piece in pieces]
+    if not any(starts):
+        return None
+    texts = [tokenizer.decode([token]) for token in range(len(pieces))]
+    return (np.array([start or _is_break(text[:1]) for start, text in zip(starts, texts)]),
+            np.array([_is_break(text[-1:]) for text in texts]))
+
+
+def _is_break(letter: str) -> bool:
+    return letter.isspace() and letter != " "
 
 
 def _write_marker(folder: Path, **values: str) -> None:

@@ -2,13 +2,14 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from moejax.config import UserError, build
-from moejax.data.examples import Reader, read_label, text_of
+from moejax.data.examples import Reader
 from moejax.data.prepare import prepare
 from moejax.data.sources import Record
-from moejax.task import Task, resolve
+from moejax.task import resolve
 
 
 def quiet(line):
@@ -67,6 +68,18 @@ def test_rows_of_tables_that_are_not_utf8_are_left_out_alone(tmp_path):
     assert "line 3: not UTF-8" in lenient.left_out[0]
 
 
+def test_a_text_is_no_list_of_letters():
+    task = {"objective": "seq2seq", "input": "{text}", "target": "{answers.text.0}"}
+    for given, wanted in ((["red"], "red"), ([b"red"], "red"), ("red", None), (b"red", None), ("1", None)):
+        record = Record("here", {"text": "a", "answers": {"text": given}})
+        if wanted is not None:
+            assert reader(task).example(record).target == wanted
+            continue
+        with pytest.raises(UserError, match=r"^here: no field 'answers.text.0', as 'answers.text' is a text, not a list; "
+                           "set config.data.task.target$"):
+            reader(task).example(record)
+
+
 GOOD = {"text": "a", "target": "b", "label": "x"}
 
 
@@ -80,12 +93,13 @@ GOOD = {"text": "a", "target": "b", "label": "x"}
     ({"text": "a", "label": None}, {"objective": "classification"}, "holds None, which is no label"),
     ({"text": "a", "label": "z"}, {"objective": "classification", "labels": ["x", "y"]}, "label 'z' is none of"),
     ({"text": "a", "label": "z"}, {"objective": "multi_label"}, "holds 'z', which is no list of labels"),
+    ({"text": "a", "label": " "}, {"objective": "classification"}, "field 'label' holds an empty label"),
+    ({"text": "a", "label": ["x", ""]}, {"objective": "multi_label"}, "field 'label' holds an empty label"),
+    ({"text": "a", "label": float("nan")}, {"objective": "classification"}, "holds nan, which is no label"),
+    ({"text": "a", "label": ["x", None]}, {"objective": "multi_label"}, "holds None, which is no label"),
+    ({"text": "a", "label": "\ud800"}, {"objective": "classification"}, "half of a surrogate pair is no text"),
     ({"text": "a", "label": "z"}, {"objective": "regression"}, "holds 'z', which is no number"),
     ({"text": "a", "label": float("nan")}, {"objective": "regression"}, "holds nan, which is no number"),
-    ({"text": "a", "label": " "}, {"objective": "classification"}, "field 'label' is empty, which is no label"),
-    ({"text": "a", "label": ["x", ""]}, {"objective": "multi_label"}, "field 'label' is empty, which is no label"),
-    ({"text": "a", "label": float("nan")}, {"objective": "classification"}, "holds not a number, which is no label"),
-    (b'{"text": "a", "label": "\\ud800"}', {"objective": "classification"}, "half of a surrogate pair"),
     ({"text": "a", "label": 10**400}, {"objective": "regression"}, "which is no number"),
     ({"text": "a", "label": 1e39}, {"objective": "regression"}, "which is no number"),
     (b'{"text": "\xff"}', {"objective": "seq2seq"}, "not UTF-8 at byte 10"),
@@ -104,6 +118,22 @@ def test_bad_records_are_named_or_left_out(tmp_path, bad, task, words):
         list(reader(task, on_bad_record="skip").read(write(tmp_path / "b.jsonl", [bad])))
 
 
+def test_labels_in_bytes_are_utf8():
+    for objective, given in (("classification", bytes), ("multi_label", lambda label: np.array([label], object))):
+        example = reader({"objective": objective}).example(Record("here", {"text": "a", "label": given("\u00e9".encode())}))
+        assert example.label == ("\u00e9" if objective == "classification" else ("\u00e9",))
+        with pytest.raises(UserError, match="here: not UTF-8 at byte 1"):
+            reader({"objective": objective}).example(Record("here", {"text": "a", "label": given(b"a\xff")}))
+
+
+def test_a_table_with_an_empty_label_names_the_line(tmp_path):
+    (tmp_path / "a.csv").write_text("text,label\na,x\nsome text,\nb,y\n")
+    with pytest.raises(UserError, match="a.csv, line 3: field 'label' holds an empty label"):
+        list(reader({"objective": "classification"}).read(str(tmp_path / "a.csv")))
+    lenient = reader({"objective": "classification"}, on_bad_record="skip")
+    assert [e.label for e in lenient.read(str(tmp_path / "a.csv"))] == ["x", "y"] and len(lenient.left_out) == 1
+
+
 def test_labels_of_a_prepared_folder(tmp_path):
     path = write(tmp_path / "a.jsonl", [{"text": f"text {i}", "label": "odd" if i % 2 else "even"} for i in range(60)])
     tree = {"model": {"kind": "encoder", "head": "classes", "vocab_size": 300},
@@ -116,6 +146,26 @@ def test_labels_of_a_prepared_folder(tmp_path):
             assert label == int(text.split()[1]) % 2
     tree["model"]["classes"] = 3
     with pytest.raises(UserError, match=r"there are 2 labels \(even, odd\); set config.model.classes=2, not 3"):
+        prepare(build(tree), tmp_path / "other", quiet)
+
+
+@pytest.mark.parametrize("objective", ("classification", "multi_label"))
+def test_a_label_that_training_lacks_names_a_record_or_is_left_out(tmp_path, objective):
+    several = objective == "multi_label"
+    rows = [{"text": f"text {i}", "label": ["b", "a"][i % 2:] if several else "ab"[i % 2]} for i in range(8)]
+    odd = {"text": "odd", "label": ["a", "c"] if several else "c"}
+    data = {"source": write(tmp_path / "a.jsonl", rows[:6]), "tokenizer": "bytes", "task": {"objective": objective},
+            "eval_source": write(tmp_path / "b.jsonl", [rows[6], odd, rows[7], odd])}
+    tree = {"model": {"kind": "encoder", "head": "classes", "vocab_size": 300, "classes": 2}, "data": data}
+    with pytest.raises(UserError, match="b.jsonl, line 2: label 'c' occurs in the eval records only"):
+        prepare(build(tree), tmp_path / "data", quiet)
+    data["on_bad_record"], said = "skip", []
+    prepared = prepare(build(tree), tmp_path / "data", said.append)
+    assert (prepared.labels, prepared.train.documents, prepared.eval.documents) == (("a", "b"), 6, 2)
+    assert any("2 records left out; the first: " in line and "b.jsonl, line 2: label 'c' is none of a, b" in line
+               for line in said)
+    data["source"] = write(tmp_path / "a.jsonl", [*rows[:6], odd | {"text": "more"}])
+    with pytest.raises(UserError, match=r"3 labels \(a, b, c\).*, not 2 \(the rarest, 'c', is first in .*b.jsonl, line 2"):
         prepare(build(tree), tmp_path / "other", quiet)
 
 
@@ -203,19 +253,3 @@ def test_options_of_other_losses_are_no_options(objective, option):
     model = build({"model": {"kind": "encoder", "head": "classes"}}).model
     with pytest.raises(UserError, match=f"config.data.task.{option}=0.1 has no effect on {objective}; leave it out"):
         resolve({"objective": objective, option: 0.1}, model)
-
-
-@pytest.mark.parametrize("inner", ("red", b"red"))
-def test_a_text_has_no_part_by_number(inner):
-    record = Record("a.jsonl, line 3", {"answers": {"text": inner, "list": [inner]}})
-    assert text_of(record, "answers.list.0", "config.data.task.target") == "red"
-    with pytest.raises(UserError, match="a.jsonl, line 3: no field 'answers.text.0'"):
-        text_of(record, "answers.text.0", "config.data.task.target")
-
-
-def test_labels_that_are_bytes_are_read_as_texts_are():
-    task = Task("classification")
-    assert read_label(Record("a data set, example 3", {"label": "caf\u00e9".encode()}), task) == "caf\u00e9"
-    with pytest.raises(UserError, match="a data set, example 3: not UTF-8 at byte 1"):
-        read_label(Record("a data set, example 3", {"label": b"a\xff"}), task)
-    assert read_label(Record("a", {"label": ""}), Task("classification", labels=("", "x"))) == ""

@@ -61,6 +61,13 @@ def test_every_document_is_in_one_split_and_copies_stay_together(corpus, tmp_pat
     assert (tmp_path / "out" / "eval.utf8").read_text() == "".join(held_out)
 
 
+@pytest.mark.parametrize("on_bad_record", ("error", "skip"))
+def test_blank_documents_are_counted(tmp_path, on_bad_record):
+    said, path = [], write(tmp_path / "a.jsonl", [*TEXTS, "", *TEXTS, " \n"])
+    prepare(config(path, on_bad_record=on_bad_record), tmp_path / "out", said.append)
+    assert f"data: 2 records left out; the first: {path}, line {len(TEXTS) + 1}: the text is empty" in said
+
+
 def test_training_documents_are_shuffled_by_the_seed_alone(corpus, tmp_path):
     def order(name, **changes):
         prepared = prepare(config(corpus, **changes), tmp_path / name, quiet)

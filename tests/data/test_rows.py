@@ -7,7 +7,7 @@ from moejax.config import UserError, build
 from moejax.data.prepared import TokenStream
 from moejax.data.rows import Layout, denoised, make_rows, masked, pair, with_prefix
 from moejax.data.specials import special_ids
-from moejax.data.tokenizers import ByteTokenizer, Words
+from moejax.data.tokenizers import ByteTokenizer, make_tokenizer
 from moejax.task import OBJECTIVES, TEXT, Task
 
 SEPARATOR, START = 256, 7
@@ -79,19 +79,9 @@ def test_a_window_with_prefixes():
 
 def test_a_masked_window_never_hides_separators_or_padding():
     row = {"tokens": np.array([SEPARATOR, 5, 6, SEPARATOR, 8, 0]), "segments": np.array([1, 1, 1, 2, 2, 0])}
-    found = masked(row, Words(np.ones(257, bool), np.zeros(257, bool)), SEPARATOR, 299, 1.0, np.random.default_rng(0))
+    found = masked(row, (np.ones(257, bool),) * 2, SEPARATOR, 299, 1.0, np.random.default_rng(0))
     assert found["mask"].tolist() == [0, 1, 1, 0, 1, 0] and found["targets"].tolist() == row["tokens"].tolist()
     assert found["tokens"][[0, 3, 5]].tolist() == [SEPARATOR, SEPARATOR, 0]
-
-
-def test_a_word_behind_white_space_is_masked_apart_from_the_one_before():
-    """Words of two pieces each, parted by a piece of white space: never the one without the other."""
-    tokens = np.array([SEPARATOR, *[10, 11, 9] * 12])
-    row = {"tokens": tokens, "segments": np.ones(37, int)}
-    words = Words(np.isin(np.arange(257), (9, 250)), np.arange(257) == 9)
-    for seed in range(5):
-        mask = masked(row, words, SEPARATOR, 299, 0.2, np.random.default_rng(seed))["mask"]
-        assert 7 <= mask.sum() <= 8 and (mask[1::3] == mask[2::3]).all()
 
 
 def test_ul2_shows_a_mode_and_then_one_of_its_ways():
@@ -160,6 +150,22 @@ def test_special_ids_lie_behind_the_tokenizers_or_are_its_own():
 def test_whole_words_need_a_tokenizer_that_knows_them():
     with pytest.raises(UserError, match="does not tell where words begin"):
         make_rows(stream(), ByteTokenizer(), config("encoder", "masked_lm", whole_words=True))
+
+
+def test_words_of_whole_lines_are_hidden_one_by_one(tmp_path):
+    """No blank stands between them, only line ends and tabs, which are units of their own."""
+    corpus = ["one two three four\n"] * 9
+    tokenizer = make_tokenizer("sentencepiece", 280, corpus, tmp_path)
+    text = "one\ntwo\tthree\n\nfour\r\n" * 3
+    tokens = np.array(tokenizer.encode(text) + tokenizer.encode("one Zwei"))
+    row = {"tokens": tokens, "segments": np.ones(len(tokens), np.int32)}
+    units = set()
+    for seed in range(200):
+        found = masked(row, tokenizer.word_bounds(), tokenizer.separator_id, 299, 0.001, np.random.default_rng(seed))
+        units.add(tuple(np.flatnonzero(found["mask"]).tolist()))
+    assert sorted(place for unit in units for place in unit) == list(range(len(tokens))), "units do not overlap"
+    cut = [tokenizer.decode(tokens[list(unit)]) for unit in sorted(units)]
+    assert cut == ["one", "\n", "two", "\t", "three", "\n\n", "four", "\r", "\n"] * 3 + ["one", " Zwei"]
 
 
 class WithUnknown(ByteTokenizer):

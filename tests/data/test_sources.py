@@ -8,7 +8,7 @@ import pytest
 import zstandard
 
 from moejax.config import UserError
-from moejax.data import sources
+from moejax.data import unpack
 from moejax.data.sources import digest, documents, files, identity, is_drawn, records
 
 TEXTS = ["first line\nsecond\r\n", "  \ttwo\n\n", "Grüße, 世界 \U0001f600 \u2028 \u2581", "x" * 3_000_000 + "é"]
@@ -139,26 +139,18 @@ def test_tfds_gives_the_package_files(tmp_path, monkeypatch):
 @pytest.mark.parametrize("suffix", (".gz", ".zst"))
 @pytest.mark.parametrize("name, piece", (("a.txt", b"\0"), ("a.jsonl", b"\n"), ("b.jsonl", b'{"text": "again"}\n')))
 def test_archives_that_unpack_to_many_times_their_size_are_refused(tmp_path, monkeypatch, suffix, name, piece):
-    monkeypatch.setattr(sources, "UNPACKED", 1 << 18)
+    monkeypatch.setattr(unpack, "UNPACKED", 1 << 18)
     path = tmp_path / f"{name}{suffix}"
     path.write_bytes(PACK[suffix](piece * (6_000_000 // len(piece))))
-    assert path.stat().st_size * sources.RATIO < 6_000_000
+    assert path.stat().st_size * unpack.RATIO < 6_000_000
     with pytest.raises(UserError, match=rf"{path.name}: unpacks to more than 250 times its size"):
         list(documents(str(path), "text"))
     path.write_bytes(PACK[suffix](piece * 1000 + b'{"text": "whole"}\n'))
     assert list(documents(str(path), "text"))
 
 
-def test_a_zstd_file_is_unpacked_in_pieces_that_fit(tmp_path):
-    """A frame of blocks that each repeat one byte: 4 bytes of the file are 128 KiB."""
-    path = tmp_path / "a.txt.zst"
-    path.write_bytes(zstandard.compress(bytes(400 << 20)))
-    sizes = [len(chunk) for chunk in sources._unpack_zstd(path)]
-    assert sum(sizes) == 400 << 20 and max(sizes) <= 128 << 20
-
-
 def test_what_would_fill_the_memory_is_refused_with_its_place(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "MOST_BYTES", 3_000_000)
+    monkeypatch.setattr(unpack, "MOST_BYTES", 3_000_000)
     (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"a" * 3_000_001))
     (tmp_path / "b.jsonl").write_bytes(b'{"text": "a"}\n\n{"text": "' + b"a" * 3_000_000 + b'"}\n')
     (tmp_path / "c.csv").write_bytes(b'text,n\n1,2\n"' + b"a\n" * 1_600_000 + b'",3\n')
@@ -198,8 +190,9 @@ def test_lines_of_two_files_are_pairs(tmp_path, suffix, end):
     (tmp_path / f"a.en{suffix}").write_bytes(PACK[suffix](end.join(EN).encode("utf-8-sig")))
     (tmp_path / "b.de").write_bytes("".join(line + end for line in DE).encode())
     found = list(records(f"pairs:{tmp_path}/a.en{suffix},{tmp_path}/b.de"))
-    assert [dict(record.fields) for record in found] == [{"en": EN[n], "de": DE[n]} for n in (0, 1, 3)]
-    assert not any(record.problem for record in found) and found[-1].where == f"{tmp_path / 'a.en'}{suffix}, line 4"
+    assert [dict(record.fields) for record in found] == [{"en": EN[n], "de": DE[n]} if n != 2 else {} for n in range(4)]
+    assert [n for n, record in enumerate(found) if record.problem] == [2]
+    assert found[-1].where == f"{tmp_path / 'a.en'}{suffix}, line 4"
 
 
 @pytest.mark.parametrize("paths, names", [
@@ -226,6 +219,23 @@ def test_what_is_wrong_with_one_line_of_a_pair_names_its_file(tmp_path):
         ("a.en, line 1", None), ("a.en, line 2", "not"), ("a.en, line 3", "is"), ("a.de, line 4", "is"),
         ("a.de, line 5", "belongs"), ("a.de, line 7", "belongs")]
     assert f"{tmp_path}/a.en has 4 lines and {tmp_path}/a.de 7" in found[-1].problem
+
+
+def test_lines_that_are_empty_on_both_sides_are_named_but_for_the_end(tmp_path):
+    for end in ("", "\n", "\n \n\n"):
+        (tmp_path / "a.en").write_text("one\n\nthree\n" + end)
+        (tmp_path / "a.de").write_text("eins\n\ndrei\n\n")
+        found = list(records(f"pairs:{tmp_path}/a.en,{tmp_path}/a.de"))
+        assert [record.problem is None for record in found] == [True, False, True]
+        assert found[1].where == f"{tmp_path}/a.en, line 2" and f"is empty, and that of {tmp_path}/a.de is empty too" in (
+            found[1].problem)
+
+
+def test_blank_documents_are_told(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(jsonl(["one", " ", "three", ""]))
+    left_out = []
+    assert list(documents(str(tmp_path / "a.jsonl"), "text", left_out)) == ["one", "three"]
+    assert left_out == [f"{tmp_path}/a.jsonl, line {n}: the text is empty" for n in (2, 4)]
 
 
 @pytest.mark.parametrize("source, said", [

@@ -3,7 +3,6 @@
 import json
 
 import hypothesis
-import numpy as np
 import pytest
 import sentencepiece
 import tokenizers
@@ -72,20 +71,6 @@ def test_decoding_drops_separators_and_ids_that_only_the_model_has(made):
     assert tokenizer.decode([tokenizer.separator_id, *ids, tokenizer.vocab_size, tokenizer.separator_id]) == "we report"
     loaded = load_tokenizer(folder)
     assert (loaded.vocab_size, loaded.separator_id) == (tokenizer.vocab_size, tokenizer.separator_id)
-
-
-def test_words_end_at_white_space(made):
-    """Cut where words begin, a text falls into its words, each with the blank before it, and white space."""
-    tokenizer, _ = made
-    words = tokenizer.words()
-    if words is None:
-        assert tokenizer.name == "bytes"
-        return
-    text = "we report\nthe people of\tthe\n\nunited states"
-    ids = np.array(tokenizer.encode(text))
-    begins = words.starts_V[ids] | np.roll(words.blank_V[ids], 1)
-    units = [tokenizer.decode(part.tolist()) for part in np.split(ids, np.flatnonzero(begins)) if len(part)]
-    assert [unit.strip() for unit in units if unit.strip()] == text.split() and "".join(units) == text
 
 
 def test_training_is_a_function_of_the_documents_and_shortens_them(tmp_path):
@@ -238,3 +223,27 @@ def test_special_tokens_are_named_and_stand_for_no_text(made, pieces):
     assert tokenizer.separator_id in controls and len(controls) < 10
     assert not set(controls) & {token for ids in tokenizer.encode_batch([*ODD, *CORPUS]) for token in ids}
     assert pieces.named(["<unk>", "<s>", "none"]) == [0, 1, None]
+
+
+def test_words_begin_behind_blanks_line_ends_and_tabs(made):
+    tokenizer, _ = made
+    ids = tokenizer.encode("The\nreport\tof states\r\nZ")
+    if (words := tokenizer.word_bounds()) is None:
+        assert tokenizer.name == "bytes"
+        return
+    begin, end = words
+    cut, ended = [], True
+    for token in ids:
+        cut = [*cut, [token]] if ended or begin[token] else [*cut[:-1], [*cut[-1], token]]
+        ended = end[token]
+    assert list(map(tokenizer.decode, cut)) == ["The", "\n", "report", "\t", "of", " states", "\r", "\n", "Z"]
+
+
+def test_pieces_that_end_with_a_line_end_a_word(tmp_path):
+    """As models have them that keep punctuation and line ends together."""
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<s>": 0, "\u0120a": 1, ".\u010a": 2, "b": 3, "\u0120": 4}))
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "made").mkdir()
+    begin, end = make_tokenizer(str(tmp_path / "tokenizer.json"), 300, (), tmp_path / "made").word_bounds()
+    assert begin.tolist() == [False, True, False, False, True] and end.tolist() == [False, False, True, False, False]
