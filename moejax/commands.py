@@ -294,9 +294,8 @@ def written(model: Any, variables: Any, mesh: Mesh | None, tokenizer: Any, confi
     with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
         generated = (beam_search if "beams" in options else generate_tokens)(
             model, variables, encoded, stop_tokens=(tokenizer.separator_id, *ends), prefix=reads_prefix(config), **options)
-    new = [[token for token in row[:n].tolist() if token not in ends] for row, n in zip(
-        generated.tokens, generated.lengths)]
-    return [new_text(tokenizer, config.data.task, ids, row) for ids, row in zip(encoded, new)]
+    return [new_text(tokenizer, config.data.task, ids, row[:n].tolist(), ends)
+            for ids, row, n in zip(encoded, generated.tokens, generated.lengths)]
 
 
 def comparison(record: dict[str, Any], prepared: Prepared) -> str:

@@ -16,7 +16,7 @@ LANGUAGES = {"german": ("German", "de", 0.42), "french": ("French", "fr", 0.22),
 STEPS = 1300
 
 
-def task(name: str) -> dict[str, str]:
+def task(name: str) -> dict[str, str | float]:
     """One language's pairs, with its prefix."""
     language, field, rate = LANGUAGES[name]
     return {"source": f"{DATA}/{name}_train.jsonl", "eval_source": f"{DATA}/{name}_eval.jsonl", "objective": "seq2seq",

@@ -33,18 +33,22 @@ def shares_tokenizer(workdir: Path, origin: Path) -> bool:
     """Whether a run's texts are cut as those of the checkpoint: the run is the import itself, or has its tokenizer."""
     if origin.parent == workdir:
         return True
-    ours, theirs = (find_tokenizer(folder / "data") for folder in (workdir, origin.parent))
-    return ours is not None and theirs is not None and ours.read_bytes() == theirs.read_bytes()
+    ours, theirs = map(read_tokenizer, (workdir, origin.parent))
+    return ours is not None and ours == theirs
+
+
+def read_tokenizer(workdir: Path) -> bytes | None:
+    """The file of a run's tokenizer; None if that has no file."""
+    found = find_tokenizer(workdir / "data")
+    return found and found.read_bytes()
 
 
 def check_tokens(workdir: Path, start: Path) -> None:
     """Raises `UserError` if a run cuts its texts otherwise than the model that it starts from, whose ids would then mean
     other pieces. A model without a tokenizer is taken as it is."""
     if (start / "data" / "tokenizer_config.json").is_file():
-        own, theirs = (find_tokenizer(folder / "data") for folder in (workdir, start))
-        same = (own and own.read_bytes()) == (theirs and theirs.read_bytes())
-        check(same, f"config.train.init_from={start} was not trained with the tokenizer of this run; set "
-              f"config.data.tokenizer={theirs or 'bytes'}")
+        check(read_tokenizer(workdir) == read_tokenizer(start), f"config.train.init_from={start} was not trained with the "
+              f"tokenizer of this run; set config.data.tokenizer={find_tokenizer(start / 'data') or 'bytes'}")
 
 
 def keep_origin(workdir: Path) -> None:

@@ -35,6 +35,7 @@ def answers(task: Task) -> bool:
     return task.data == PAIRS or task.objective == "span_corruption"
 
 
-def new_text(tokenizer: Tokenizer, task: Task, prompt: list[int], new: list[int]) -> str:
-    """The text of new tokens after those of a prompt."""
+def new_text(tokenizer: Tokenizer, task: Task, prompt: list[int], new: Sequence[int], ends: Sequence[int] = ()) -> str:
+    """The text of new tokens after those of a prompt, but for `ends`, with which it may end beside the separator."""
+    new = [token for token in new if token not in ends]
     return tokenizer.decode(new) if answers(task) else added_text(tokenizer, prompt[1:], new)

@@ -10,6 +10,7 @@ import numpy as np
 
 from moejax.config import Config, UserError, check
 from moejax.data import sources
+from moejax.data.labels import names_in
 from moejax.task import PAIRS, TEXT, Task, normal
 
 LABEL_KEY = "config.data.task.label"
@@ -79,7 +80,7 @@ class Reader:
         if task.data == PAIRS:
             return Example(text, normal(task, fill(record, task.target, f"{key}.target")))
         label = read_label(record, task)
-        for name in () if task.objective == "regression" else label if task.objective == "multi_label" else (label,):
+        for name in names_in(task, label):
             self.first.setdefault(name, record.where)
         return Example(text, label=label)
 

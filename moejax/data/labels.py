@@ -10,6 +10,13 @@ from moejax.config import Config, UserError, check
 from moejax.task import Task
 
 
+def names_in(task: Task, label: Any) -> tuple[str, ...]:
+    """The names of which a record's label consists; none for a number."""
+    if task.objective == "regression":
+        return ()
+    return tuple(label) if task.objective == "multi_label" else (label,)
+
+
 def name_labels(config: Config, labels: Mapping[str, Sequence[Any]], first: Mapping[str, str]) -> tuple[str, ...]:
     """The names of all labels.
 
@@ -26,8 +33,7 @@ def name_labels(config: Config, labels: Mapping[str, Sequence[Any]], first: Mapp
         check(classes == 1, "config.data.task.objective=regression gives one number; set config.model.classes=1, not "
               f"{classes}")
         return ()
-    each = (lambda label: label) if task.objective == "multi_label" else (lambda label: (label,))
-    seen = {split: Counter(name for label in labels[split] for name in each(label)) for split in labels}
+    seen = {split: Counter(name for label in labels[split] for name in names_in(task, label)) for split in labels}
     names = task.labels or tuple(sorted(seen["train"]))
     listed = ", ".join(names[:9]) + (", ..." if len(names) > 9 else "")
     rare = min(seen["train"], key=seen["train"].get) if seen["train"] and len(names) > classes else None

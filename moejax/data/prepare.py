@@ -37,7 +37,7 @@ from moejax.bounded import writing
 from moejax.config import Config, UserError, check
 from moejax.data import sources
 from moejax.data.examples import Example, Reader
-from moejax.data.labels import name_labels, number_labels
+from moejax.data.labels import name_labels, names_in, number_labels
 from moejax.data.prepared import REFERENCES, SPLITS, Prepared, load_prepared, read_json
 from moejax.data.specials import special_ids
 from moejax.data.tokenizers import Tokenizer, make_tokenizer, tokenizer_files
@@ -194,10 +194,8 @@ def _with_labels(config: Config) -> Config:
     task = config.data.task
     if task.data != LABELS or task.objective == "regression" or task.labels or config.data.on_bad_record == "error":
         return config
-    found = set()
-    for split, example in _split(config, Reader(config)):
-        if split == "train":
-            found.update(example.label if task.objective == "multi_label" else (example.label,))
+    found = {name for split, example in _split(config, Reader(config)) if split == "train"
+             for name in names_in(task, example.label)}
     task = dataclasses.replace(task, labels=tuple(sorted(found)) or None)
     return dataclasses.replace(config, data=dataclasses.replace(config.data, task=task))
 

@@ -153,8 +153,7 @@ class HarnessModel(TemplateLM):
                 made = generate(self.model, self.variables, filled, stop_tokens=(self.eot_token_id, *self.ends),
                                 prefix=reads_prefix(self.config), **settings[chosen[0]])
                 for n, row, length in zip(chosen, made.tokens, made.lengths):
-                    new_ids = [token for token in row[:length].tolist() if token not in self.ends]
-                    text = new_text(self.tokenizer, self.config.data.task, prompts[n], new_ids)
+                    text = new_text(self.tokenizer, self.config.data.task, prompts[n], row[:length].tolist(), self.ends)
                     texts[n] = _until(text, requests[n].args[1].get("until"))
                     self.cache_hook.add_partial("generate_until", requests[n].args, texts[n])
         return texts
