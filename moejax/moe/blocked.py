@@ -19,8 +19,9 @@ from jax import Array
 from moejax import sharding
 from moejax.layers.mlp import SWIGLU, Activation, activate, dropout
 
-STEPS = 12
-"""Sizes of last blocks: more waste less on rows of nothing and take longer to compile."""
+LARGE = 256
+"""Rows from which a block has fewer sizes of last blocks, as more take longer to compile: experts with that many rows have
+several blocks each, so that a step wasted on the last one is a smaller part."""
 
 
 def fit_block(block_rows: int, pairs: int, num_experts: int) -> int:
@@ -29,12 +30,12 @@ def fit_block(block_rows: int, pairs: int, num_experts: int) -> int:
     At balance an expert then is a single block; larger ones would only make larger steps.
     """
     share = -(-3 * pairs // (2 * num_experts))
-    return min(block_rows, -(-share // STEPS) * STEPS)
+    return min(block_rows, -(-share // step_rows(share)) * step_rows(share))
 
 
 def step_rows(block_rows: int) -> int:
-    """What the sizes of last blocks are multiples of."""
-    return -(-block_rows // STEPS)
+    """What the sizes of last blocks are multiples of; in fours, as CPUs take as long for a matmul of fewer rows."""
+    return -(-block_rows // (4 * (12 if block_rows >= LARGE else 24))) * 4
 
 
 def rows_computed(size: int, block_rows: int) -> int:
