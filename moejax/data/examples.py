@@ -73,7 +73,7 @@ class Reader:
         """One example. Raises `UserError` with place and reason if the record is bad."""
         task, key = self.task, "config.data.task"
         if task.data == TEXT:
-            text = sources.field(record, sources.WHOLE_FILE if record.whole else self.text_key, "config.data.text_key")
+            text = sources.document(record, self.text_key)
             check(bool(text.strip()), f"{record.where}: the text is empty")
             return Example(normal(task, text))
         text = normal(task, fill(record, task.input, f"{key}.input"))

@@ -68,7 +68,7 @@ def documents(source: str, text_key: str, left_out: list[str] | None = None) -> 
     """
     empty = True
     for record in records(source):
-        text = field(record, WHOLE_FILE if record.whole else text_key, "config.data.text_key")
+        text = document(record, text_key)
         if text.strip():
             empty = False
             yield text
@@ -108,6 +108,11 @@ def value(record: Record, name: str, key: str) -> Any:
 def field(record: Record, name: str, key: str) -> str:
     """A field that holds text. Raises `UserError` as `value` does, or if it holds none."""
     return text_in(record, name, value(record, name, key), key)
+
+
+def document(record: Record, text_key: str) -> str:
+    """The text of a record, or of a whole file. Raises `UserError` as `field` does."""
+    return field(record, WHOLE_FILE if record.whole else text_key, "config.data.text_key")
 
 
 def text_in(record: Record, name: str, text: Any, key: str) -> str:
