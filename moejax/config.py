@@ -125,7 +125,7 @@ class MoEConfig:
                                       low=0, free=True)
     compute: str = key("auto", "the grouped matmul: blocked (CPU), triton (GPU), hopper (H100, H200) or ragged_dot (TPU)",
                        free=True, choices=("auto", "blocked", "triton", "hopper", "ragged_dot"))
-    block_rows: int = key(384, "rows of one block in the blocked grouped matmul", low=1, free=True)
+    block_rows: int = key(768, "rows of one block in the blocked grouped matmul", low=1, free=True)
 
 
 NO_LONGER_IN_TRAIN = {"label_smoothing", "head_z_weight", "sample_tokens"}

@@ -5,6 +5,7 @@ linear: Chen et al. 2306.15595; llama3: as in the Llama 3.1 models (2407.21783);
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -52,7 +53,14 @@ def amplitude(rope: Rope) -> float:
 def angles(positions_BL: Array, dims: int, base: float, rope: Rope = PLAIN.rope) -> tuple[Array, Array]:
     """Cosine and sine of position times frequency for `dims` dimensions, each float32 [B, L, 1, dims/2]."""
     angle = positions_BL[:, :, None, None].astype(jnp.float32) * frequencies(dims, base, rope)
-    return amplitude(rope) * jnp.cos(angle), amplitude(rope) * jnp.sin(angle)
+    cos, sin = jax.lax.platform_dependent(angle, cpu=_in_a_loop, default=lambda angle: (jnp.cos(angle), jnp.sin(angle)))
+    return amplitude(rope) * cos, amplitude(rope) * sin
+
+
+def _in_a_loop(angle: Array) -> tuple[Array, Array]:
+    """Cosine and sine that XLA:CPU cannot fuse into each rotation, to take them anew for every head of every layer."""
+    cos, sin = jax.lax.map(lambda which: jax.lax.cond(which == 0, jnp.cos, jnp.sin, angle), jnp.arange(2))
+    return cos, sin
 
 
 def rotate(x_BLQH: Array, cos: Array, sin: Array) -> Array:

@@ -54,3 +54,23 @@ def test_rotary_scores_depend_on_distance_alone():
         return float(jnp.sum(at(q, i) * at(k, j)))
     assert score(7, 3) == pytest.approx(score(14, 10), abs=1e-5)
     assert score(7, 3) != pytest.approx(score(7, 4), abs=1e-3)
+
+
+def test_rotary_is_the_formula():
+    x, positions = np.random.default_rng(2).normal(size=(2, 5, 3, 6)), np.array([[0, 1, 2, 3, 4], [9, 0, 700, 1, 33]])
+    angle = positions[:, :, None, None] * 100.0 ** (-np.arange(3) / 3)
+    first, second = x[..., :3], x[..., 3:]
+    wanted = np.concatenate([first * np.cos(angle) - second * np.sin(angle),
+                             second * np.cos(angle) + first * np.sin(angle)], axis=-1)
+    got = jax.jit(lambda x, positions: rotate(x, *angles(positions, 6, 100.0)))(np.float32(x), positions)
+    np.testing.assert_allclose(got, wanted, atol=1e-4)  # float32 has the angle 700 to 3e-5
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="what XLA:CPU fuses")
+def test_all_rotations_share_one_sine_on_a_cpu():
+    def rotations(x, positions):
+        cos_sin = angles(positions, 6, 100.0)
+        return [rotate(x + i, *cos_sin) for i in range(3)]
+
+    compiled = jax.jit(rotations).lower(jnp.ones((2, 5, 3, 6)), jnp.ones((2, 5), jnp.int32)).compile().as_text()
+    assert compiled.count(" sine(") == compiled.count(" cosine(") == 1

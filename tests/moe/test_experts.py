@@ -83,7 +83,7 @@ def test_the_weight_gradients_of_many_blocks_do_not_lose_small_terms_in_bfloat16
     assert many == rows * one
 
 
-@pytest.mark.parametrize("block_rows", [1, 4, 7, 64, 192, 255, 256, 384])
+@pytest.mark.parametrize("block_rows", [1, 4, 7, 64, 192, 255, 256, 768])
 def test_a_block_wastes_less_than_a_step_an_expert(block_rows):
     step = blocked.step_rows(block_rows)
     for size in range(3 * block_rows):
