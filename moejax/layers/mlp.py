@@ -1,6 +1,6 @@
 """The dense feed-forward layer, and the pieces that experts share with it."""
 
-from typing import NamedTuple
+from typing import NamedTuple, Sequence
 
 import flax.linen as nn
 import jax
@@ -29,14 +29,20 @@ PLAIN_ONES = {"silu": jax.nn.silu, "gelu": GATES["geglu"], "gelu_tanh": jax.nn.g
 
 
 def activate(h: Array, activation: Activation = SWIGLU) -> Array:
-    """The non-linearity, for [..., inputs, F] -> [..., F].
+    """The non-linearity, for [..., inputs, F] -> [..., F]."""
+    parts = jnp.split(h, activation.inputs, axis=-2)  # whose gradient is one concatenation
+    return activate_parts([jnp.squeeze(a, axis=-2) for a in parts], activation)
+
+
+def activate_parts(inputs: Sequence[Array], activation: Activation = SWIGLU) -> Array:
+    """The same, of its inputs apart.
 
     Gated: act(gate) * up, Shazeer 2020, arXiv 2002.05202; clamped_swiglu is that of GPT-OSS: gate * sigmoid(1.702 gate) *
     (up + 1), of inputs with bounds.
     """
     if activation.inputs == 1:
-        return PLAIN_ONES[activation.name](jnp.squeeze(h, axis=-2))
-    gate, up = (jnp.squeeze(a, axis=-2) for a in jnp.split(h, 2, axis=-2))  # whose gradient is one concatenation
+        return PLAIN_ONES[activation.name](*inputs)
+    gate, up = inputs
     if activation.name == "clamped_swiglu":
         gate, up = jnp.minimum(gate, activation.clamp), jnp.clip(up, -activation.clamp, activation.clamp)
         return gate * jax.nn.sigmoid(1.702 * gate) * (up + 1)
