@@ -18,6 +18,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["moejax", "moejax.*"]),
+    package_data={"moejax.moe": ["*.cc"]},
     python_requires=">=3.11",
     install_requires=[
         "absl-py",

@@ -54,7 +54,7 @@ def implementations(direction: str) -> dict[str, Any]:
         return module.rows_times(x if direction == "y" else dy, w, sizes, transposed=direction == "dx", tile=tile)
 
     found = {"ragged_dot": functools.partial(differentiate, jax.lax.ragged_dot)} if flags.FLAGS.xla else {}
-    for name in grouped.KERNELS:
+    for name in grouped.GPU_KERNELS:
         found[name] = functools.partial(differentiate, functools.partial(grouped.matmul, kernels=name))
     for module, tiles in TILES.items() if flags.FLAGS.search else ():
         name = module.__name__.rpartition("_")[2]

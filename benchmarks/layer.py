@@ -23,6 +23,7 @@ from moejax import allocator
 from moejax.config import MoEConfig, fields
 from moejax.moe import blocked
 from moejax.moe.dispatch import DISPATCHERS, Sizes
+from moejax.moe.experts import choose_compute
 from moejax.moe.layer import mixture
 from moejax.moe.routing import resolve
 from moejax.moe.types import Assignments, RoutingContext, Totals
@@ -94,9 +95,10 @@ def movement(config: MoEConfig, x_TD: Any, dy_TD: Any, rng: np.random.Generator)
     return partial(jax.jit(jax.grad(loss, argnums=(0, 1))), x_TD, assignments.weight_N, assignments)
 
 
-def rows_ratio(config: MoEConfig, load_E: np.ndarray) -> float:
+def rows_ratio(config: MoEConfig, x_TD: Any, load_E: np.ndarray) -> float:
     """Rows that are multiplied over rows that hold a token."""
-    if config.compute != "blocked" and (config.compute, jax.default_backend()) != ("auto", "cpu"):
+    w_EDF = jax.ShapeDtypeStruct((config.num_experts, x_TD.shape[1], config.ffn), x_TD.dtype)
+    if choose_compute(config.compute, [w_EDF], int(load_E.sum())) != "blocked":
         return 1.0
     block = blocked.fit_block(config.block_rows, int(load_E.sum()), config.num_experts)
     return sum(blocked.rows_computed(int(size), block) for size in load_E) / load_E.sum()
@@ -125,7 +127,7 @@ def main(argv: list[str]) -> None:
     for key, config in configs.items():
         moved = over(seconds[f"{config.num_experts} experts, movement"], seconds[key])
         result = {"variant": key, "ms": 1e3 * median[key], "ratio": over(seconds["dense"], seconds[key]),
-                  "gflops": flops / median[key] / 1e9, "rows": rows_ratio(config, loads[key]), "dispatch": moved,
+                  "gflops": flops / median[key] / 1e9, "rows": rows_ratio(config, x_TD, loads[key]), "dispatch": moved,
                   "busiest_expert": float(loads[key].max() / loads[key].mean())}
         results.append(result)
         rows.append((key, *(result[name] for name in ("ms", "ratio", "gflops", "rows", "dispatch"))))

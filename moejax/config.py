@@ -123,8 +123,9 @@ class MoEConfig:
     buffer_factor: float | None = key(2.0, "all_to_all, ragged: rows that a device has room to receive over the mean; a "
                                       "layer that needs more takes all_gather. None has room for the worst case",
                                       low=0, free=True)
-    compute: str = key("auto", "the grouped matmul: blocked (CPU), triton (GPU), hopper (H100, H200) or ragged_dot (TPU)",
-                       free=True, choices=("auto", "blocked", "triton", "hopper", "ragged_dot"))
+    compute: str = key("auto", "the grouped matmul: native (CPU; blocked without a C++ compiler or in bfloat16), triton "
+                       "(GPU), hopper (H100, H200) or ragged_dot (TPU)", free=True,
+                       choices=("auto", "native", "blocked", "triton", "hopper", "ragged_dot"))
     block_rows: int = key(768, "rows of one block in the blocked grouped matmul", low=1, free=True)
 
 

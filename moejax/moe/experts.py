@@ -12,8 +12,8 @@ from moejax import axes
 from moejax.config import check
 from moejax.gpus import cuda_capability
 from moejax.layers.mlp import SWIGLU, Activation, activate, dropout
-from moejax.moe import blocked
-from moejax.moe.grouped import KERNELS, choose
+from moejax.moe import blocked, grouped_native
+from moejax.moe.grouped import GPU_KERNELS, choose
 from moejax.moe.grouped import matmul as grouped_matmul
 
 
@@ -84,7 +84,7 @@ def feed_forward(x_RD: Array, sizes_E: Array, w_in_EDGF: Array, w_out_EFD: Array
       sizes_E: int32.
       w_in_EDGF: gate and up projections (G = 2), or one projection (G = 1).
       w_out_EFD: down projection.
-      compute: `blocked`, `ragged_dot`, `triton` or `hopper`.
+      compute: `native`, `blocked`, `ragged_dot`, `triton` or `hopper`.
       block_rows: rows of a block for `blocked`.
       dropout_rate: rate of dropout on the hidden units.
       key: its PRNG key, or None for no dropout.
@@ -121,6 +121,8 @@ def dense_feed_forward(x_ETD: Array, w_in_EDGF: Array, w_out_EFD: Array, dropout
 def choose_compute(compute: str, weights: Sequence[Array], pairs: int) -> str:
     """Resolves `auto` by backend: XLA expands ragged_dot to E times the work on CPU and GPU, and has a kernel on TPU.
 
+    On a CPU float32 goes to `native`, where it can be compiled, and all else to `blocked`.
+
     Args:
       compute: the config's.
       weights: the device's matrices, [E, in, out ...]; only their shapes and type count.
@@ -130,11 +132,11 @@ def choose_compute(compute: str, weights: Sequence[Array], pairs: int) -> str:
       UserError: kernels of `grouped` without a GPU.
     """
     if compute != "auto":
-        check(compute not in KERNELS or jax.default_backend() == "gpu",
+        check(compute not in GPU_KERNELS or jax.default_backend() == "gpu",
               f"config.moe.compute={compute} needs a GPU; use auto")
         return compute
     if jax.default_backend() == "cpu":
-        return "blocked"
+        return "blocked" if any(map(grouped_native.misfit, weights)) else "native"
     if cuda_capability() < (8, 0):
         return "ragged_dot"
     return choose([jax.ShapeDtypeStruct((*w.shape[:2], math.prod(w.shape[2:])), w.dtype) for w in weights], pairs)

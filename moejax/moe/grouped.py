@@ -1,7 +1,7 @@
-"""Grouped matmul on GPU: rows sorted by expert, each times its expert's matrix, with gradients by the same kernels.
+"""Grouped matmul on CPU and GPU: rows sorted by expert, each times its expert's matrix, with gradients by the same kernels.
 
 XLA's own lowering of `jax.lax.ragged_dot` multiplies every row with every expert there: with jax 0.11.2 on an H200, 64
-experts took fifty times as long, and the weights' gradient wanted 138 GB. On a CPU the kernels run interpreted, for tests.
+experts took fifty times as long, and the weights' gradient wanted 138 GB. On a CPU GPUs' run interpreted, for tests.
 """
 
 from functools import partial
@@ -12,15 +12,19 @@ import jax
 from jax import Array
 
 from moejax.config import check
+from moejax.moe import grouped_native
 
-KERNELS = ("triton", "hopper")
-"""`moejax.moe.grouped_triton` and `moejax.moe.grouped_hopper`: each has `rows_times`, `weights_of` and `check_fit`."""
+GPU_KERNELS = ("triton", "hopper")
+KERNELS = ("native", *GPU_KERNELS)
+"""`moejax.moe.grouped_native`, `grouped_triton` and `grouped_hopper`: each has `rows_times`, `weights_of`, `check_fit`."""
 HOPPER_ROWS = 128
 """Rows for each expert, on average, from which Hopper's kernels are chosen: with fewer their tiles are mostly empty."""
 
 
 def _module(kernels: str) -> ModuleType:
     """Imported when it is wanted: Pallas takes a while, and its parts come and go with versions of jax."""
+    if kernels == "native":
+        return grouped_native
     if kernels == "hopper":
         from moejax.moe import grouped_hopper
         return grouped_hopper
@@ -45,7 +49,7 @@ def matmul(x_RD: Array, w_EDF: Array, sizes_E: Array, kernels: str) -> Array:
 
     Args:
       x_RD: rows; the first sizes_E[0] belong to expert 0, and so on. What lies behind never counts.
-      w_EDF: of the same type; bfloat16, float16 or float32.
+      w_EDF: of the same type; bfloat16, float16 or float32, `native` only the last.
       sizes_E: int32, of sum R at most.
       kernels: a name in `KERNELS`.
 

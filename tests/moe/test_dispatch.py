@@ -19,8 +19,8 @@ from moejax.moe.dispatch import DISPATCHERS, Sizes, sort
 from moejax.moe.layer import mixture
 from moejax.moe.types import Assignments
 
-WAYS = [("dense", "blocked", 4), ("sort", "blocked", 5), ("sort", "blocked", 64), ("sort", "ragged_dot", 1),
-        ("sort", "triton", 1)]
+WAYS = [("dense", "blocked", 4), ("sort", "native", 1), ("sort", "blocked", 5), ("sort", "blocked", 64),
+        ("sort", "ragged_dot", 1), ("sort", "triton", 1)]
 every_way = pytest.mark.parametrize("dispatch, compute, block_rows", WAYS)
 settings = hypothesis.settings(max_examples=8, deadline=None)
 seeds = hypothesis.given(strategies.integers(0, 2**32 - 1))
@@ -172,7 +172,8 @@ def layer_gradients(config, x_TD, router_parameters, w_in, w_out, where):
 
 
 @pytest.mark.parametrize("router, compute, block_rows", [
-    ("topk", "blocked", 3), ("topk", "ragged_dot", 1), ("expert_choice", "blocked", 3),
+    ("topk", "native", 1), ("topk", "blocked", 3), ("topk", "ragged_dot", 1), ("expert_choice", "native", 1),
+    ("expert_choice", "blocked", 3),
     ("topk", "triton", 1), ("expert_choice", "triton", 1)])
 def test_sort_equals_the_dense_oracle_in_output_and_in_every_gradient(monkeypatch, router, compute, block_rows):
     """Through the router, too, with popular experts and some that no token chooses. Kernels for GPUs are interpreted."""

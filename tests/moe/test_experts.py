@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from moe_reference import D, E, F, assert_close, config_of, context, inputs
 
+from moejax import native
 from moejax.config import UserError
 from moejax.layers.mlp import FeedForward, activate, dropout
 from moejax.moe import blocked, experts, grouped_hopper
@@ -16,7 +17,7 @@ from moejax.moe.layer import mixture
 
 LOADS = {"empty experts": (0, 5, 0, 1, 9, 0, 0), "one takes all": (0, 0, 17, 0, 0, 0, 0), "even": (4,) * E,
          "nothing": (0,) * E}
-COMPUTES = [("ragged_dot", 1), ("blocked", 1), ("blocked", 4), ("blocked", 13)]
+COMPUTES = [("ragged_dot", 1), ("native", 1), ("blocked", 1), ("blocked", 4), ("blocked", 13)]
 every_load = pytest.mark.parametrize("load", LOADS)
 every_compute = pytest.mark.parametrize("compute, block_rows", COMPUTES)
 
@@ -122,6 +123,14 @@ def test_auto_goes_by_the_backend(monkeypatch, backend, capability, chosen):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     monkeypatch.setattr(experts, "cuda_capability", lambda: capability)
     assert experts.choose_compute("auto", weights(), pairs=9999) == chosen
+
+
+@pytest.mark.parametrize("reason, dtype, chosen", [
+    ("", jnp.float32, "native"), ("", jnp.bfloat16, "blocked"), ("no compiler", jnp.float32, "blocked")])
+def test_on_a_cpu_float32_goes_to_native_kernels_if_they_can_be_compiled(monkeypatch, reason, dtype, chosen):
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    monkeypatch.setattr(native, "unavailable", lambda *_: reason)
+    assert experts.choose_compute("auto", weights(dtype=dtype), pairs=9) == chosen
 
 
 @pytest.mark.parametrize("changes, capability, pairs, chosen", [

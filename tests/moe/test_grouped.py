@@ -1,4 +1,4 @@
-"""The GPU's grouped matmuls, interpreted on a CPU: products and both gradients are those of plain matmuls in float64.
+"""The grouped matmuls: products and both gradients are those of plain matmuls in float64. Those for GPUs are interpreted.
 
 On a machine with a GPU `JAX_PLATFORMS=cuda python -m pytest tests/moe/test_grouped.py` runs the kernels themselves.
 """
@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 
 from moejax.config import UserError
 from moejax.gpus import cuda_capability
-from moejax.moe import grouped, grouped_hopper
+from moejax.moe import grouped, grouped_hopper, grouped_native
+
+on_cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="needs a CPU")
 
 
 def products(x_RD, w_EDF, dy_RF, sizes):
@@ -24,14 +26,14 @@ def products(x_RD, w_EDF, dy_RF, sizes):
     return (np.einsum("nd,ndf->nf", x_ND, w_EDF[expert_N]), np.einsum("nf,ndf->nd", dy_NF, w_EDF[expert_N]), dw_EDF)
 
 
-def check(rows, width, columns, sizes, dtype, bound, seed=0):
+def check(rows, width, columns, sizes, dtype, bound, seed=0, kernels="triton"):
     """Compares all three. What lies behind the groups is not a number, in what comes in and in what goes back."""
     rng = np.random.default_rng(seed)
     x_RD, w_EDF, dy_RF = (jnp.asarray(rng.normal(size=shape), dtype) for shape in (
         (rows, width), (len(sizes), width, columns), (rows, columns)))
     behind = jnp.arange(rows)[:, None] >= sum(sizes)
     with jax.default_matmul_precision("highest"):
-        y_RF, back = jax.vjp(lambda x, w: grouped.matmul(x, w, jnp.array(sizes, jnp.int32), "triton"),
+        y_RF, back = jax.vjp(lambda x, w: grouped.matmul(x, w, jnp.array(sizes, jnp.int32), kernels),
                              jnp.where(behind, jnp.nan, x_RD), w_EDF)
         dx_RD, dw_EDF = back(jnp.where(behind, jnp.nan, dy_RF))
     assert (y_RF.dtype, dx_RD.dtype, dw_EDF.dtype) == (dtype,) * 3
@@ -60,6 +62,69 @@ def test_products_and_gradients(rows, width, columns, sizes, dtype, bound):
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=6), st.integers(0, 9), st.integers(1, 40), st.integers(0, 2**31))
 def test_any_sizes(sizes, behind, width, seed):
     check(max(sum(sizes) + behind, 1), width, 17, sizes, jnp.float32, 1e-6, seed)
+
+
+@on_cpu
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.one_of(st.integers(0, 20), st.integers(250, 310)), min_size=1, max_size=5), st.integers(0, 9),
+       st.one_of(st.integers(1, 40), st.integers(250, 310)), st.one_of(st.integers(1, 40), st.integers(505, 540)),
+       st.integers(0, 2**31))
+def test_native_kernels(sizes, behind, width, columns, seed):
+    """On both sides of every bound by which they part their work."""
+    check(max(sum(sizes) + behind, 1), width, columns, sizes, jnp.float32, 1e-6, seed, "native")
+
+
+@on_cpu
+@pytest.mark.parametrize("sizes", [(5, 0, 33, 1, 20), (0, 0, 0, 0, 70), (0,) * 5])
+def test_native_kernels_give_exact_zeros_where_there_are_no_rows(sizes):
+    rng = np.random.default_rng(0)
+    x_RD, w_EDF, dy_RF = (rng.normal(size=shape).astype(np.float32) for shape in ((80, 24), (5, 24, 40), (80, 40)))
+    sizes_E = np.array(sizes, np.int32)
+    for rows, transposed in ((x_RD, False), (dy_RF, True)):
+        assert not np.any(grouped_native.rows_times(rows, w_EDF, sizes_E, transposed)[sum(sizes):])
+    dw_EDF = np.asarray(grouped_native.weights_of(x_RD, dy_RF, sizes_E))
+    assert [bool(np.any(dw_DF)) for dw_DF in dw_EDF] == [size > 0 for size in sizes]
+
+
+@on_cpu
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 300), st.integers(0, 30), st.booleans())
+def test_a_row_s_product_does_not_depend_on_its_place(rows, before, transposed):
+    """Bit for bit, so that no transport changes it."""
+    rng = np.random.default_rng(rows)
+    x_RD, w_EDF = rng.normal(size=(rows, 300)).astype(np.float32), rng.normal(size=(2, 300, 300)).astype(np.float32)
+    moved_RD = np.concatenate([rng.normal(size=(before, 300)).astype(np.float32), x_RD[::-1]])
+    y_RF = grouped_native.rows_times(x_RD, w_EDF, np.array([0, rows], np.int32), transposed)
+    moved_RF = grouped_native.rows_times(moved_RD, w_EDF, np.array([before, rows], np.int32), transposed)
+    np.testing.assert_array_equal(y_RF, moved_RF[before:][::-1])
+
+
+@on_cpu
+def test_what_is_no_number_stays_with_its_expert_in_native_kernels():
+    sizes_E, x_RD, dy_RF = np.array([70, 50, 8]), np.ones((128, 128), np.float32), np.ones((128, 256), np.float32)
+    x_RD[80] = np.nan
+    dw_EDF = grouped_native.weights_of(x_RD, dy_RF, sizes_E.astype(np.int32))
+    assert np.isnan(dw_EDF[1]).all() and (dw_EDF[0] == 70).all() and (dw_EDF[2] == 8).all()
+
+
+@on_cpu
+def test_native_kernels_map_over_a_batch():
+    rng = np.random.default_rng(0)
+    x_BRD, w_EDF = rng.normal(size=(3, 20, 24)).astype(np.float32), rng.normal(size=(2, 24, 40)).astype(np.float32)
+    sizes_BE = jnp.array([[20, 0], [3, 17], [9, 11]], jnp.int32)
+    run = jax.value_and_grad(lambda x, w, sizes: jnp.sum(jnp.sin(grouped.matmul(x, w, sizes, "native"))), argnums=(0, 1))
+    mapped = jax.vmap(run, in_axes=(0, None, 0))(x_BRD, w_EDF, sizes_BE)
+    for i in range(3):
+        jax.tree.map(lambda a, b, i=i: np.testing.assert_array_equal(a[i], b), mapped, run(x_BRD[i], w_EDF, sizes_BE[i]))
+
+
+@pytest.mark.parametrize("backend, dtype, complaint", [
+    ("cpu", jnp.bfloat16, "native cannot be used: multiplies float32, not bfloat16; use auto"),
+    ("tpu", jnp.float32, "needs a CPU, not tpu")])
+def test_what_native_kernels_cannot_take_is_refused(monkeypatch, backend, dtype, complaint):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    with pytest.raises(UserError, match=complaint):
+        grouped_native.check_fit(jnp.zeros((3, 8, 8), dtype), 9)
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="jax cannot interpret these kernels")
