@@ -3,7 +3,7 @@
 import pathlib
 import re
 
-from setuptools import find_packages, setup
+from setuptools import find_namespace_packages, setup
 
 HERE = pathlib.Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "moejax/__init__.py").read_text()).group(1)
@@ -17,7 +17,7 @@ setup(
     long_description=(HERE / "README.md").read_text(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    packages=find_packages(include=["moejax", "moejax.*"]),
+    packages=find_namespace_packages(include=["moejax", "moejax.*"], exclude=["*.__pycache__"]),
     package_data={"moejax.moe": ["*.cc"]},
     python_requires=">=3.11",
     install_requires=[

@@ -1,11 +1,13 @@
 """C++ for CPUs: compiled for this machine when it is first wanted, kept, and called in programs through XLA's FFI."""
 
+import contextlib
 import ctypes
 import functools
 import hashlib
 import os
 import pathlib
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -45,45 +47,55 @@ def _once(source: pathlib.Path, functions: tuple[str, ...]) -> str:
 
 
 def _register(source: pathlib.Path, functions: tuple[str, ...]) -> str:
-    compiler = shutil.which(os.environ.get("CXX", "")) or next(filter(None, map(shutil.which, COMPILERS)), None)
-    if compiler is None:
+    compiler = shlex.split(os.environ.get("CXX", "")) or list(filter(shutil.which, COMPILERS))[:1]
+    if not compiler:
         return f"there is no C++ compiler ($CXX, {', '.join(COMPILERS)})"
+    if not shutil.which(compiler[0]):
+        return f"$CXX names a program that there is not, {compiler[0]}"
     try:
-        with tempfile.TemporaryDirectory() as spare:  # a loaded library may be deleted
-            library = ctypes.CDLL(str(_compiled(source, compiler, pathlib.Path(spare))))
+        library = _loaded(source, compiler)
         for name in functions:
             jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
     except subprocess.CalledProcessError as error:
-        return f"{compiler} does not compile {source}: {(error.stderr.strip() or 'it says nothing').splitlines()[0]}"
+        said = error.stderr.strip().splitlines() or ["it says nothing"]
+        return f"{compiler[0]} does not compile {source}: {next((line for line in said if 'error' in line), said[0])}"
     except (OSError, AttributeError) as error:
         return f"{source.name} cannot be compiled or loaded: {error}"
     return ""
 
 
-def _compiled(source: pathlib.Path, compiler: str, spare: pathlib.Path) -> pathlib.Path:
-    """The library, from the cache or new; in the folder `spare` if the cache cannot be written to."""
+def _loaded(source: pathlib.Path, compiler: list[str]) -> ctypes.CDLL:
+    """The library: from the cache, or compiled and left there."""
     arm = platform.machine() in ("aarch64", "arm64")
     options = ["-O3", "-mcpu=native" if arm else "-march=native", "-ffp-contract=fast", "-std=c++17", "-shared", "-fPIC"]
-    about = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    told = "\n".join([source.read_text(), about, jaxlib.__version__, platform.machine(), _processor(), *options])
+    about = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    told = "\n".join([source.read_text(), about, jaxlib.__version__, platform.machine(), _processor(), *compiler, *options])
     name = f"{source.stem}-{hashlib.sha256(told.encode()).hexdigest()[:16]}.so"
-    folder = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "moejax"
-    if (folder / name).exists():
-        return folder / name
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        building = pathlib.Path(tempfile.mkdtemp(dir=folder))
-    except OSError:
-        folder = building = spare
-    print(f"moejax: compiling {source.name} for this machine, once, into {folder}", file=sys.stderr, flush=True)
-    try:
-        subprocess.run([compiler, *options, "-isystem", jax.ffi.include_dir(), str(source), "-o", str(building / name)],
+    kept = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "moejax" / name
+    with contextlib.suppress(OSError):  # not there, damaged, or not to be read
+        return ctypes.CDLL(str(kept))
+    print(f"moejax: compiling {source.name} for this machine, once", file=sys.stderr, flush=True)
+    with tempfile.TemporaryDirectory() as folder:  # a loaded library may be deleted
+        made = pathlib.Path(folder) / name
+        subprocess.run([*compiler, *options, "-isystem", jax.ffi.include_dir(), str(source), "-o", str(made)],
                        capture_output=True, text=True, check=True)
-        os.replace(building / name, folder / name)  # whole or not at all, whoever else compiles it now
-    finally:
-        if building != folder:
-            shutil.rmtree(building, ignore_errors=True)
-    return folder / name
+        for library in (_keep(made, kept), made):  # either may lie where nothing can be executed
+            with contextlib.suppress(OSError):
+                return ctypes.CDLL(str(library))
+        return ctypes.CDLL(str(made))
+
+
+def _keep(made: pathlib.Path, kept: pathlib.Path) -> pathlib.Path:
+    """Copies a library into the cache, whole or not at all, whoever else does so now; returns where it then lies."""
+    if not kept.is_absolute():  # no home
+        return made
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
+            os.replace(shutil.copy(made, folder), kept)
+    except OSError:
+        return made
+    return kept
 
 
 def _processor() -> str:

@@ -228,12 +228,12 @@ void RunLargestFirst(ffi::ThreadPool& pool, std::vector<Task>& tasks, std::funct
   Parallel(pool, tasks.size(), [&tasks, &run](int64_t i) { run(tasks[i]); });
 }
 
-// Calls f(expert, start, end) for the rows of each.
+// Calls f(expert, start, end) for the rows of each; no sizes lead out of the rows there are.
 template <typename F>
 void ForEachGroup(ffi::BufferR1<ffi::S32> sizes, int64_t rows, F f) {
   int64_t start = 0;
   for (int64_t e = 0; e < static_cast<int64_t>(sizes.element_count()); ++e) {
-    const int64_t end = std::min<int64_t>(start + sizes.typed_data()[e], rows);
+    const int64_t end = std::min(start + std::max<int64_t>(sizes.typed_data()[e], 0), rows);
     f(e, start, end);
     start = end;
   }
@@ -242,12 +242,16 @@ void ForEachGroup(ffi::BufferR1<ffi::S32> sizes, int64_t rows, F f) {
 ffi::Error RowsTimes(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> x, ffi::BufferR3<ffi::F32> w,
                      ffi::BufferR1<ffi::S32> sizes, ffi::ResultBufferR2<ffi::F32> y, bool transposed) {
   const int64_t all = x.dimensions()[0], depth = x.dimensions()[1], columns = y->dimensions()[1];
+  const auto w_shape = w.dimensions();
+  if (w_shape[0] != sizes.dimensions()[0] || w_shape[transposed ? 2 : 1] != depth || w_shape[transposed ? 1 : 2] != columns ||
+      y->dimensions()[0] != all)
+    return ffi::Error::InvalidArgument("moejax_rows_times: rows, matrices and sizes do not fit each other");
   const int64_t most = Share(all, pool, kRows, kMostRows);
   std::vector<Task> tasks;
   int64_t used = 0;
   ForEachGroup(sizes, all, [&](int64_t expert, int64_t start, int64_t end) {
-    for (; start < end; start += most) tasks.push_back({expert, start, std::min(most, end - start), 0});
-    used = end;
+    for (; depth > 0 && start < end; start += most) tasks.push_back({expert, start, std::min(most, end - start), 0});
+    if (depth > 0) used = end;
   });
   const float *rows = x.typed_data(), *weights = w.typed_data();
   float* out = y->typed_data();
@@ -263,6 +267,10 @@ ffi::Error RowsTimes(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> x, ffi::Buffe
 ffi::Error WeightsOf(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> x, ffi::BufferR2<ffi::F32> dy,
                      ffi::BufferR1<ffi::S32> sizes, ffi::ResultBufferR3<ffi::F32> dw) {
   const int64_t width = x.dimensions()[1], columns = dy.dimensions()[1];
+  const auto dw_shape = dw->dimensions();
+  if (dw_shape[0] != sizes.dimensions()[0] || dw_shape[1] != width || dw_shape[2] != columns ||
+      dy.dimensions()[0] != x.dimensions()[0])
+    return ffi::Error::InvalidArgument("moejax_weights_of: rows, gradients and sizes do not fit each other");
   const int64_t most = Share(columns * sizes.element_count(), pool, kColumns, kMostColumns);
   std::vector<Task> tasks;
   ForEachGroup(sizes, x.dimensions()[0], [&](int64_t expert, int64_t start, int64_t end) {
