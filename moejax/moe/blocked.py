@@ -1,4 +1,4 @@
-"""The experts' feed-forward in blocks of rows, each a plain matmul: for CPUs where `moejax.moe.grouped_native` is of no use.
+"""The experts' feed-forward in blocks of rows, each a plain matmul: for CPUs that cannot use `moejax.moe.grouped_native`.
 
 A loop over experts takes the matrices of one, and a loop inside it that expert's rows: whole blocks, then one last block
 of the smallest size that holds the rest. Both projections, the gate and all gradients of a block are computed while it is

@@ -106,8 +106,8 @@ def loss_function(config):
     return jax.value_and_grad(loss, has_aux=True), batch[3]
 
 
-def loss_and_gradients(router, dispatch):
-    differentiate, state = loss_function(config_for(router, dispatch))
+def loss_and_gradients(router, dispatch, **changes):
+    differentiate, state = loss_function(config_for(router, dispatch, **changes))
     (loss, records), gradients = jax.device_get(jax.jit(differentiate)(parameters_for(router), state))
     return (loss, transformer.in_order(records)), gradients
 
@@ -136,9 +136,20 @@ def double_loss_and_gradients(router):
 
 @pytest.mark.parametrize("mesh, router, dispatch", CASES)
 def test_loss_and_every_gradient_on_a_mesh_equal_the_dense_oracle_on_one_device(mesh, router, dispatch):
+    check(mesh, router, dispatch)
+
+
+@pytest.mark.parametrize("mesh, router, dispatch", [("data2 expert2 model2", "bias", "all_to_all"),
+                                                    ("data2 expert4", "choice in the batch", "all_gather")])
+def test_so_do_experts_in_blocks(mesh, router, dispatch):
+    """What CPUs use without a C++ compiler."""
+    check(mesh, router, dispatch, compute="blocked")
+
+
+def check(mesh, router, dispatch, **changes):
     (want_loss, want_records), want = oracle(router)
     with jax.set_mesh(sharding.make_mesh(MESHES[mesh])):
-        (loss, records), gradients = loss_and_gradients(router, dispatch)
+        (loss, records), gradients = loss_and_gradients(router, dispatch, **changes)
     np.testing.assert_allclose(loss, want_loss, rtol=1e-6)
     for record, want_record in zip(records, want_records, strict=True):
         load, want_load = record.load, want_record.load
