@@ -79,23 +79,20 @@ def _loaded(source: pathlib.Path, compiler: list[str]) -> ctypes.CDLL:
         made = pathlib.Path(folder) / name
         subprocess.run([*compiler, *options, "-isystem", jax.ffi.include_dir(), str(source), "-o", str(made)],
                        capture_output=True, text=True, check=True)
-        for library in (_keep(made, kept), made):  # either may lie where nothing can be executed
-            with contextlib.suppress(OSError):
-                return ctypes.CDLL(str(library))
+        _keep(made, kept)
+        with contextlib.suppress(OSError):  # either may lie where nothing can be executed
+            return ctypes.CDLL(str(kept))
         return ctypes.CDLL(str(made))
 
 
-def _keep(made: pathlib.Path, kept: pathlib.Path) -> pathlib.Path:
-    """Copies a library into the cache, whole or not at all, whoever else does so now; returns where it then lies."""
+def _keep(made: pathlib.Path, kept: pathlib.Path) -> None:
+    """Copies a library into the cache, if there is one: whole or not at all, whoever else does so now."""
     if not kept.is_absolute():  # no home
-        return made
-    try:
+        return
+    with contextlib.suppress(OSError):
         kept.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
             os.replace(shutil.copy(made, folder), kept)
-    except OSError:
-        return made
-    return kept
 
 
 def _processor() -> str:

@@ -129,7 +129,7 @@ def choose_compute(compute: str, weights: Sequence[Array], pairs: int) -> str:
       pairs: of tokens and experts.
 
     Raises:
-      UserError: kernels of `grouped` without a GPU.
+      UserError: kernels for GPUs without one.
     """
     if compute != "auto":
         check(compute not in GPU_KERNELS or jax.default_backend() == "gpu",

@@ -15,8 +15,8 @@ from moejax.config import check
 from moejax.moe import grouped_native
 
 GPU_KERNELS = ("triton", "hopper")
-KERNELS = ("native", *GPU_KERNELS)
-"""`moejax.moe.grouped_native`, `grouped_triton` and `grouped_hopper`: each has `rows_times`, `weights_of`, `check_fit`."""
+"""`moejax.moe.grouped_triton` and `moejax.moe.grouped_hopper`. Like `moejax.moe.grouped_native`, for CPUs, each has
+`rows_times`, `weights_of` and `check_fit`."""
 HOPPER_ROWS = 128
 """Rows for each expert, on average, from which Hopper's kernels are chosen: with fewer their tiles are mostly empty."""
 
@@ -51,7 +51,7 @@ def matmul(x_RD: Array, w_EDF: Array, sizes_E: Array, kernels: str) -> Array:
       x_RD: rows; the first sizes_E[0] belong to expert 0, and so on. What lies behind never counts.
       w_EDF: of the same type; bfloat16, float16 or float32, `native` only the last.
       sizes_E: int32, of sum R at most.
-      kernels: a name in `KERNELS`.
+      kernels: `native`, or a name in `GPU_KERNELS`.
 
     Returns:
       y_RF, of the same type. Beyond the groups lies anything, not a number included; so it does in the gradient of x.

@@ -163,8 +163,12 @@ struct alignas(64) Packed {
 };
 
 // C = A B, with A [rows, depth], B [depth, columns] and C's rows `stride` apart. Of A and of B either rows or columns are
-// contiguous.
+// contiguous. A sum of no terms is 0.
 void Multiply(Matrix a, Matrix b, float* c, int64_t stride, int64_t rows, int64_t depth, int64_t columns) {
+  if (depth == 0) {
+    for (int64_t i = 0; i < rows; ++i) std::fill_n(c + i * stride, columns, 0.0f);
+    return;
+  }
   static thread_local const auto packed = std::make_unique<Packed>();
   for (int64_t first = 0; first < rows; first += kMostRows) {
     const int64_t high = std::min(kMostRows, rows - first), tiles = (high + kRows - 1) / kRows;
@@ -250,8 +254,8 @@ ffi::Error RowsTimes(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> x, ffi::Buffe
   std::vector<Task> tasks;
   int64_t used = 0;
   ForEachGroup(sizes, all, [&](int64_t expert, int64_t start, int64_t end) {
-    for (; depth > 0 && start < end; start += most) tasks.push_back({expert, start, std::min(most, end - start), 0});
-    if (depth > 0) used = end;
+    for (; start < end; start += most) tasks.push_back({expert, start, std::min(most, end - start), 0});
+    used = end;
   });
   const float *rows = x.typed_data(), *weights = w.typed_data();
   float* out = y->typed_data();
@@ -279,14 +283,9 @@ ffi::Error WeightsOf(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> x, ffi::Buffe
   const float *rows = x.typed_data(), *gradients = dy.typed_data();
   float* out = dw->typed_data();
   RunLargestFirst(pool, tasks, [=](const Task& task) {
-    float* own = out + task.expert * width * columns + task.column;
-    const int64_t wide = std::min(most, columns - task.column);
-    if (task.rows == 0) {
-      for (int64_t i = 0; i < width; ++i) std::fill_n(own + i * columns, wide, 0.0f);
-      return;
-    }
-    Multiply({rows + task.start * width, 1, width}, {gradients + task.start * columns + task.column, columns, 1}, own,
-             columns, width, task.rows, wide);
+    Multiply({rows + task.start * width, 1, width}, {gradients + task.start * columns + task.column, columns, 1},
+             out + task.expert * width * columns + task.column, columns, width, task.rows,
+             std::min(most, columns - task.column));
   });
   return ffi::Error::Success();
 }
