@@ -9,11 +9,17 @@ from typing import Any, Callable, Mapping
 import jax
 
 
-def alternate(variants: Mapping[Any, Callable[[], Any]], rounds: int) -> dict[Any, list[float]]:
-    """Seconds of each variant in `rounds` rounds, in each of which all run once; two more rounds before them warm up."""
+def alternate(variants: Mapping[Any, Callable[[], Any]], rounds: int, again: bool = False) -> dict[Any, list[float]]:
+    """Seconds of each variant in `rounds` rounds, in each of which all run once; two more rounds before them warm up.
+
+    With `again` each runs twice in a round, and the second run counts: of a variant that allocates gigabytes, the first
+    would pay for what the operating system took back while the others ran.
+    """
     seconds: dict[Any, list[float]] = {name: [] for name in variants}
     for _ in range(rounds + 2):
         for name, run in variants.items():
+            if again:
+                jax.block_until_ready(run())
             start = time.perf_counter()
             jax.block_until_ready(run())
             seconds[name].append(time.perf_counter() - start)

@@ -34,7 +34,7 @@ class Moving(NamedTuple):
         return tuple(unflatten_dict({path: leaf for path, leaf in flat.items() if (path in self.paths) == moves})
                      for moves in (True, False))
 
-    def scaled(self, rule: optax.GradientTransformation) -> optax.GradientTransformation:
+    def scaled(self, rule: optax.GradientTransformationExtraArgs) -> optax.GradientTransformationExtraArgs:
         """An update rule whose updates are multiplied by the factors."""
         if all(np.all(factor == 1) for factor in self.factors.values()):
             return rule

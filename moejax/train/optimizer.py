@@ -10,6 +10,7 @@ from jax import Array
 from moejax import axes, sharding
 from moejax.config import OptimizerConfig
 from moejax.matrices import is_matrix, sides
+from moejax.train.adam import scale_by_adam
 
 
 def make_schedule(config: OptimizerConfig, steps: int, peak: float) -> optax.Schedule:
@@ -62,8 +63,8 @@ def per_matrix(transform: optax.GradientTransformation, logical: Any) -> optax.G
     return optax.GradientTransformation(init, update)
 
 
-def make_optimizer(config: OptimizerConfig, steps: int, logical: Any) -> optax.GradientTransformation:
-    """Clipping, then the update rule with its schedule.
+def make_optimizer(config: OptimizerConfig, steps: int, logical: Any) -> optax.GradientTransformationExtraArgs:
+    """Clipping, then the update rule with its schedule. Its update takes `sound`, see `moejax.train.adam`.
 
     Args:
       config: settings.
@@ -75,7 +76,8 @@ def make_optimizer(config: OptimizerConfig, steps: int, logical: Any) -> optax.G
     schedule = make_schedule(config, steps, config.learning_rate)
     decay = jax.tree.map(is_matrix, logical, is_leaf=sharding.is_axes)
     if config.name == "adamw":
-        rule = optax.adamw(schedule, config.beta1, config.beta2, config.eps, weight_decay=config.weight_decay, mask=decay)
+        rule = optax.chain(scale_by_adam(config.beta1, config.beta2, config.eps),
+                           optax.add_decayed_weights(config.weight_decay, decay), optax.scale_by_learning_rate(schedule))
     elif config.name == "lion":
         rule = optax.lion(schedule, config.beta1, config.beta2, weight_decay=config.weight_decay, mask=decay)
     elif config.name == "adafactor":
@@ -89,7 +91,7 @@ def make_optimizer(config: OptimizerConfig, steps: int, logical: Any) -> optax.G
             adam_b1=config.beta1, adam_b2=config.beta2, muon_weight_dimension_numbers=dimensions,
             adam_learning_rate=make_schedule(config, steps, config.adam_learning_rate or config.learning_rate))
     if config.clip_norm is None:
-        return rule
+        return optax.with_extra_args_support(rule)
     return optax.chain(clip_by_global_norm(config.clip_norm), rule)
 
 

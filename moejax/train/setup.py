@@ -56,7 +56,7 @@ class Setup(NamedTuple):
     config: Config
     mesh: Mesh
     model: transformer.Transformer
-    optimizer: optax.GradientTransformation
+    optimizer: optax.GradientTransformationExtraArgs
     shapes: TrainState
     shardings: TrainState
     parameters: count.ParameterCount

@@ -9,6 +9,7 @@ import optax
 from jax import Array
 
 from moejax.moe.types import LayerRecord
+from moejax.train.adam import Moments
 from moejax.train.optimizer import global_norm
 from moejax.train.state import TrainState
 
@@ -103,13 +104,13 @@ def gradients(functions: Functions, state: TrainState, batch: Batch, parts: int)
     return functions.counted(grads), means, records
 
 
-def train_step(functions: Functions, optimizer: optax.GradientTransformation, parts: int, state: TrainState,
+def train_step(functions: Functions, optimizer: optax.GradientTransformationExtraArgs, parts: int, state: TrainState,
                batch: Batch, limit: Array | float = math.inf) -> tuple[TrainState, dict[str, Array], Any]:
     """One optimizer step, which changes nothing but its number if the loss or a gradient is not finite.
 
     Args:
       functions: model, objective, router update.
-      optimizer: of the parameters that move.
+      optimizer: of the parameters that move; its update is told `sound`, and `Moments` that it returns heed that.
       parts: micro-batches.
       state: is consumed if jitted with donation.
       batch: global.
@@ -123,10 +124,11 @@ def train_step(functions: Functions, optimizer: optax.GradientTransformation, pa
     norm = global_norm(grads)  # not finite if any gradient is not
     sound = jnp.isfinite(means["loss"]) & jnp.isfinite(norm) & (means["loss"] <= limit)
     moving, still = functions.split(state.params)
-    updates, opt_state = optimizer.update(grads, state.opt_state, moving)
+    updates, opt_state = optimizer.update(grads, state.opt_state, moving, sound=sound)
     changed = optax.apply_updates(moving, updates), opt_state, functions.update_router(state.router_state, records)
     moving, opt_state, router_state = jax.tree.map(
-        lambda new, old: jnp.where(sound, new, old), changed, (moving, state.opt_state, state.router_state))
+        lambda new, old: new if isinstance(new, Moments) else jnp.where(sound, new, old),
+        changed, (moving, state.opt_state, state.router_state), is_leaf=lambda node: isinstance(node, Moments))
     new = TrainState(step=state.step + 1, params=functions.join(moving, still), opt_state=opt_state,
                      router_state=router_state, key=state.key)
     # The statistics have done their work, and some routers' are large.
