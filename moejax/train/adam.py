@@ -26,6 +26,12 @@ class Moments(NamedTuple):
     nu: Any
 
 
+def where_sound(sound: Array, new: Any, old: Any) -> Any:
+    """The new tree if the step counts, else the old one; `Moments` are taken as they are, having asked before."""
+    return jax.tree.map(lambda new, old: new if isinstance(new, Moments) else jnp.where(sound, new, old), new, old,
+                        is_leaf=lambda node: isinstance(node, Moments))
+
+
 def scale_by_adam(beta1: float, beta2: float, eps: float) -> optax.GradientTransformationExtraArgs:
     """`optax.scale_by_adam`, whose update also takes `sound`: a bool scalar, without which the state stays as it is.
 

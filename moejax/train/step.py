@@ -9,7 +9,7 @@ import optax
 from jax import Array
 
 from moejax.moe.types import LayerRecord
-from moejax.train.adam import Moments
+from moejax.train.adam import where_sound
 from moejax.train.optimizer import global_norm
 from moejax.train.state import TrainState
 
@@ -126,9 +126,7 @@ def train_step(functions: Functions, optimizer: optax.GradientTransformationExtr
     moving, still = functions.split(state.params)
     updates, opt_state = optimizer.update(grads, state.opt_state, moving, sound=sound)
     changed = optax.apply_updates(moving, updates), opt_state, functions.update_router(state.router_state, records)
-    moving, opt_state, router_state = jax.tree.map(
-        lambda new, old: new if isinstance(new, Moments) else jnp.where(sound, new, old),
-        changed, (moving, state.opt_state, state.router_state), is_leaf=lambda node: isinstance(node, Moments))
+    moving, opt_state, router_state = where_sound(sound, changed, (moving, state.opt_state, state.router_state))
     new = TrainState(step=state.step + 1, params=functions.join(moving, still), opt_state=opt_state,
                      router_state=router_state, key=state.key)
     # The statistics have done their work, and some routers' are large.

@@ -4,7 +4,7 @@ import numpy as np
 import optax
 import pytest
 
-from moejax.train.adam import Moments, scale_by_adam
+from moejax.train.adam import scale_by_adam, where_sound
 
 SETTINGS = dict(b1=0.9, b2=0.95, eps=1e-6)
 OURS, THEIRS = scale_by_adam(*SETTINGS.values()), optax.scale_by_adam(**SETTINGS)
@@ -50,10 +50,7 @@ def test_a_cpu_needs_no_memory_beside_parameters_moments_and_gradients():
     """optax's copies both moments, as the same program with it shows."""
     def step(rule, params, state, grads, sound):
         updates, new = rule.update(grads, state, params, **({"sound": sound} if rule is OURS else {}))
-        params, new = jax.tree.map(lambda a, b: a if isinstance(a, Moments) else jnp.where(sound, a, b),
-                                   (optax.apply_updates(params, updates), new), (params, state),
-                                   is_leaf=lambda node: isinstance(node, Moments))
-        return params, new
+        return where_sound(sound, (optax.apply_updates(params, updates), new), (params, state))
 
     params = {"w": jnp.ones((4, 300, 700))}
     beside = {}

@@ -48,8 +48,7 @@ def test_decay_touches_matrices_alone(tree):
     for name in ("adamw", "lion", "adafactor", "muon"):
         rule = optimizer.make_optimizer(tiny_config(
             **{f"optimizer__{k}": v for k, v in vars(config).items()} | {"optimizer__name": name}).optimizer, 10, logical)
-        updates, _ = jax.jit(rule.update)(jax.tree.map(jnp.zeros_like, params), rule.init(params), params,
-                                          sound=True)
+        updates, _ = jax.jit(rule.update)(jax.tree.map(jnp.zeros_like, params), rule.init(params), params, sound=True)
         for (path, update), param in zip(jax.tree_util.tree_leaves_with_path(updates), jax.tree.leaves(params)):
             where = jax.tree_util.keystr(path)
             decays = not any(word in where for word in ("embedding", "norm", "router"))
